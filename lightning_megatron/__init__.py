@@ -1,0 +1,1 @@
+"""Megatron parallelism in PyTorch Lightning."""

@@ -1,0 +1,1 @@
+"""Model configurations and models. Importing the package itself imports neither torch nor megatron-core."""
