@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import torch
 
-from lightning_megatron.backends import cpu
+from lightning_megatron.backends import cpu, kernels
 
 
 @contextmanager
@@ -87,6 +87,7 @@ with _quiet_import():
     from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
     from megatron.core.utils import divide, get_model_config
 
+kernels.install()
 for _logger in (gpt_model.logger, distributed_data_parallel.logger):
     _logger.addFilter(_WithoutNotices())
 for _message in _NOISE + (() if torch.cuda.is_available() else _NOISE_ON_CPU):
