@@ -133,7 +133,7 @@ class GPTConfig(TransformerModelConfig):
     """Tie the output projection to the token embedding."""
 
     def __post_init__(self) -> None:
-        super(GPTConfig, self).__post_init__()  # noqa: UP008  (zero-argument super breaks in slotted dataclasses)
+        super(GPTConfig, self).__post_init__()
         _choice("position_embedding_type", self.position_embedding_type, POSITION_EMBEDDINGS)
         if not 0.0 < self.rotary_percent <= 1.0:
             raise ValueError(f"rotary_percent={self.rotary_percent!r} is not in (0, 1].")

@@ -1,0 +1,169 @@
+"""The LightningModule that GPT, BERT and T5, and modules of users, extend."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, override
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lightning_megatron.errors import DataError, ModuleError
+from lightning_megatron.optim.config import OptimizerConfig
+from lightning_megatron.schedule import Batch, Loss, StepResult
+
+if TYPE_CHECKING:
+    from lightning_megatron.models.transformer_config import BuildContext
+    from lightning_megatron.strategy import MegatronStrategy
+
+
+class MegatronModule(pl.LightningModule):
+    """A model whose steps run megatron-core's pipeline schedule.
+
+    A subclass says *what* is computed, :class:`~lightning_megatron.MegatronStrategy` *how*:
+
+    - :meth:`build_chunks` makes this rank's part of the model;
+    - :meth:`forward_step` runs one chunk on one micro-batch;
+    - :meth:`loss` turns the last stage's output into a :class:`~lightning_megatron.Loss`. To customise the loss,
+      override this one method.
+
+    A batch is a dict of tensors with the samples in dimension 0: the share of one data-parallel rank of a global batch.
+    The schedule cuts it into micro-batches, so ``max_steps``, ``limit_train_batches``, ``val_check_interval``, the
+    progress bar and ``global_step`` all count optimizer steps.
+    """
+
+    data_on_every_stage = False
+    """Whether middle pipeline stages need the batch too, as models with a padding mask in each layer do."""
+
+    def __init__(self, optimizer: OptimizerConfig | None = None) -> None:
+        super().__init__()
+        self.optimizer_config = optimizer or OptimizerConfig()
+        self.chunks = torch.nn.ModuleList()
+        self._built_in: BuildContext | None = None
+
+    # ------------------------------------------------------------------ what a subclass says
+
+    @abstractmethod
+    def build_chunks(self, context: BuildContext) -> list[torch.nn.Module]:
+        """This rank's chunks, one for each of ``context.stages``, with a megatron-core ``config`` attribute each."""
+
+    @abstractmethod
+    def forward_step(self, chunk: torch.nn.Module, microbatch: dict[str, Any]) -> Tensor:
+        """Run one chunk on one micro-batch.
+
+        The output of the last stage goes to :meth:`loss`; the schedule carries those of other stages on. Unless
+        ``data_on_every_stage``, tensors of a micro-batch are ``None`` on middle stages.
+        """
+
+    @abstractmethod
+    def loss(self, output: Tensor, microbatch: dict[str, Any]) -> Loss:
+        """The loss of one micro-batch, from the output of the last stage."""
+
+    def prepare_batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Complete a batch where it is read, before it goes to the other ranks of its replica. Tensors are on the CPU.
+
+        Raises:
+            DataError: a batch that this model cannot use.
+        """
+        return dict(batch)
+
+    def pipeline_sequence_length(self, batch: Batch) -> int:
+        """Length of the hidden states that travel between stages."""
+        for value in batch.values():
+            if torch.is_tensor(value) and value.dim() > 1:
+                return value.size(1)
+        raise DataError(
+            f"{type(self).__name__} finds no [batch, sequence] tensor in a batch with the keys {sorted(batch)}. "
+            "Override pipeline_sequence_length."
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint tells about this model, in types that JSON has."""
+        return {"module": type(self).__name__}
+
+    # ---------------------------------------------------------------------- Lightning's hooks
+
+    @property
+    def strategy(self) -> MegatronStrategy:
+        """The strategy of the Trainer.
+
+        Raises:
+            ModuleError: the Trainer has another one.
+        """
+        from lightning_megatron.strategy import MegatronStrategy
+
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, MegatronStrategy):
+            raise ModuleError(
+                f"{type(self).__name__} is a MegatronModule and needs `Trainer(strategy='megatron')` or "
+                f"`Trainer(strategy=MegatronStrategy(...))`, but the Trainer has {type(strategy).__name__}."
+            )
+        return strategy
+
+    @override
+    def configure_model(self) -> None:
+        """Build this rank's chunks, unless they are there already. Weights survive a new Trainer of the same layout."""
+        context = self.strategy.build_context
+        if self._built_in is context:
+            return
+        weights = None
+        if self._built_in is not None:
+            if self._built_in.layout != context.layout:
+                raise ModuleError(
+                    f"This {type(self).__name__} was built at the layout {self._built_in.layout} and cannot change to "
+                    f"{context.layout} in place. Save a checkpoint, make a new module, and pass ckpt_path=..."
+                )
+            weights = self.chunks.state_dict()
+        with torch.random.fork_rng(devices=()):  # initial weights leave the generators of dropout and data alone
+            self.chunks = torch.nn.ModuleList(self.build_chunks(context))
+        if weights is not None:
+            self.chunks.load_state_dict(weights)
+        self._built_in = context
+
+    @override
+    def configure_optimizers(self) -> Any:
+        """Megatron's optimizer and schedule. Override to return another LR scheduler with the same optimizer."""
+        from lightning_megatron.optim.optimizer import MegatronScheduler
+
+        optimizer = self.strategy.build_optimizer(self.optimizer_config)
+        steps = self.trainer.estimated_stepping_batches
+        total = 0 if math.isinf(steps) else int(steps)
+        scheduler = MegatronScheduler.build(optimizer, self.optimizer_config, total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        result = self.strategy.run_schedule(batch, forward_only=False)
+        self.log("train_loss", result.loss, prog_bar=True, batch_size=1)
+        self._log_metrics("train_", result)
+        return result.loss
+
+    @override
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        return self._evaluate("val", batch)
+
+    @override
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        return self._evaluate("test", batch)
+
+    def _evaluate(self, name: str, batch: Batch) -> Tensor:
+        result = self.strategy.run_schedule(batch, forward_only=True)
+        # Weighted by tokens, so that the epoch's loss is the mean over all of them. The result is the same on every
+        # rank already, so nothing is left to synchronise.
+        tokens = max(int(result.num_tokens), 1)
+        self.log(f"{name}_loss", result.loss, prog_bar=True, on_epoch=True, on_step=False, batch_size=tokens)
+        self._log_metrics(f"{name}_", result)
+        return result.loss
+
+    def _log_metrics(self, prefix: str, result: StepResult) -> None:
+        if result.metrics:
+            self.log_dict({prefix + name: value for name, value in result.metrics.items()}, batch_size=1)
+
+    @override
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        norm = self.strategy.megatron_optimizer.grad_norm
+        if norm is not None:
+            self.log("grad_norm", torch.as_tensor(norm, dtype=torch.float32).reshape(()), batch_size=1)

@@ -1,0 +1,1 @@
+"""The optimizer that Lightning sees, and its learning-rate and weight-decay schedules."""

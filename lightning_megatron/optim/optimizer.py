@@ -1,0 +1,185 @@
+"""megatron-core's optimizer as a ``torch.optim.Optimizer`` that Lightning, callbacks and LR schedulers can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from lightning_megatron.backends import distributed_optimizer
+from lightning_megatron.backends.core import (
+    CoreOptimizerConfig,
+    OptimizerParamScheduler,
+    ProcessGroupCollection,
+    get_megatron_optimizer,
+)
+from lightning_megatron.backends.cpu import cuda_type_names
+from lightning_megatron.optim.config import OptimizerConfig
+from lightning_megatron.precision import MegatronPrecision
+
+
+class MegatronOptimizer(torch.optim.Optimizer):
+    """Steps, clips and shards through megatron-core.
+
+    ``zero_grad`` does nothing: Lightning calls it *after* ``training_step``, when the gradients of the schedule are
+    already complete. The strategy zeroes the gradient buffers before each schedule.
+    """
+
+    def __init__(self, core: Any) -> None:
+        # Not Optimizer.__init__, which would take ownership of parameters and state: both are megatron-core's.
+        self.core = core
+        self.defaults: dict[str, Any] = {}
+        self.grad_norm: torch.Tensor | float | None = None
+        """Global norm of the last step's gradient before clipping; ``None`` if the step was skipped."""
+        self.skipped = False
+        """Whether the last step was skipped because a gradient overflowed in fp16."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.core.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.core.state
+
+    @property
+    def clip_grad(self) -> float:
+        """Largest global norm of the gradient; 0 turns clipping off."""
+        return float(self.core.config.clip_grad)
+
+    @clip_grad.setter
+    def clip_grad(self, value: float) -> None:
+        for part in getattr(self.core, "chained_optimizers", [self.core]):
+            part.config.clip_grad = value
+        self.core.config.clip_grad = value
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Nothing; see the class."""
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Run the closure (the whole schedule), then clip and update."""
+        loss = closure() if closure is not None else None
+        with cuda_type_names():
+            success, self.grad_norm, _ = self.core.step()
+        self.skipped = not success
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """Empty: the strategy saves the sharded state itself."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+        """Nothing; see :meth:`state_dict`."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Not possible: parameters live in megatron-core's buffers from the start.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            "Parameters cannot join a Megatron optimizer later. Freeze them with requires_grad=False in "
+            "configure_model, before the optimizer is built, and start a new fit to unfreeze them."
+        )
+
+    def sharded_state_dict(self, model_state: dict[str, Any], *, is_loading: bool, metadata: dict[str, Any]) -> Any:
+        """The state as megatron-core's sharded tensors, to save or to be filled by a load."""
+        distributed_optimizer.initialise_state(self.core)
+        with distributed_optimizer.corrected(), cuda_type_names():
+            return self.core.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
+
+    def load_sharded_state(self, state: Any) -> None:
+        """Take over a state that :meth:`sharded_state_dict` described and a load filled."""
+        distributed_optimizer.load(self.core, state)
+
+
+class MegatronScheduler(torch.optim.lr_scheduler.LRScheduler):
+    """Megatron's learning-rate and weight-decay schedules, in optimizer steps."""
+
+    def __init__(self, optimizer: MegatronOptimizer, core: OptimizerParamScheduler) -> None:
+        # Not LRScheduler.__init__, which would reset the rates that megatron-core's scheduler has just set.
+        self.optimizer = optimizer
+        self.core = core
+
+    @classmethod
+    def build(cls, optimizer: MegatronOptimizer, config: OptimizerConfig, total_steps: int) -> MegatronScheduler:
+        """The schedule of ``config`` for a run of ``total_steps`` optimizer steps."""
+        decay_steps = config.lr_decay_steps or max(total_steps, config.lr_warmup_steps + 1, 1)
+        constant = config.weight_decay
+        return cls(
+            optimizer,
+            OptimizerParamScheduler(
+                optimizer.core,
+                init_lr=config.lr_warmup_init,
+                max_lr=config.lr,
+                min_lr=config.min_lr,
+                lr_warmup_steps=config.lr_warmup_steps,
+                lr_decay_steps=decay_steps,
+                lr_decay_style=config.lr_decay_style,
+                start_wd=config.start_weight_decay if config.start_weight_decay is not None else constant,
+                end_wd=config.end_weight_decay if config.end_weight_decay is not None else constant,
+                wd_incr_steps=max(total_steps, 1),
+                wd_incr_style=config.weight_decay_incr_style,
+                use_checkpoint_opt_param_scheduler=False,
+                wsd_decay_steps=config.lr_wsd_decay_steps,
+                lr_wsd_decay_style=config.lr_wsd_decay_style,
+            ),
+        )
+
+    def step(self, epoch: int | None = None) -> None:
+        """Advance by one optimizer step, unless that step was skipped for an overflow."""
+        if not self.optimizer.skipped:  # type: ignore[attr-defined]
+            self.core.step(increment=1)
+
+    def get_last_lr(self) -> list[float]:
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_steps": self.core.num_steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue at the saved step. The shape of the schedule is this run's, so a longer run decays longer."""
+        self.core.num_steps = 0
+        self.core.step(increment=state_dict["num_steps"])
+
+
+def build_optimizer(
+    config: OptimizerConfig,
+    chunks: Sequence[torch.nn.Module],
+    precision: MegatronPrecision,
+    groups: ProcessGroupCollection,
+    *,
+    use_distributed_optimizer: bool,
+    overlap_param_gather: bool = False,
+) -> MegatronOptimizer:
+    """The optimizer over all chunks (wrapped in megatron-core's DistributedDataParallel) of this rank."""
+    policy, scaling = precision.policy, precision.loss_scaling
+    fp16 = policy.params == torch.float16
+    # Without master weights a bf16 model is stepped as it is, by the plain optimizer. The distributed one shards fp32
+    # master weights in any case.
+    bf16 = policy.params == torch.bfloat16 and (policy.master_weights or use_distributed_optimizer)
+    core_config = CoreOptimizerConfig(
+        optimizer=config.optimizer,
+        lr=config.lr,
+        min_lr=config.min_lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_eps=config.adam_eps,
+        sgd_momentum=config.sgd_momentum,
+        clip_grad=config.clip_grad,
+        fp16=fp16,
+        bf16=bf16,
+        params_dtype=policy.params,
+        loss_scale=scaling.constant if fp16 else None,
+        initial_loss_scale=scaling.initial,
+        min_loss_scale=scaling.minimum,
+        loss_scale_window=scaling.window,
+        hysteresis=scaling.hysteresis,
+        use_distributed_optimizer=use_distributed_optimizer,
+        overlap_param_gather=overlap_param_gather,
+    )
+    with cuda_type_names():
+        core = get_megatron_optimizer(core_config, list(chunks), use_gloo_process_groups=False, pg_collection=groups)
+    return MegatronOptimizer(core)

@@ -1,0 +1,222 @@
+"""Data for one replica of the model: one rank reads, the others of its tensor and pipeline group receive."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lightning_megatron.errors import DataError
+from lightning_megatron.layout import ParallelLayout
+
+_STOP, _SAME, _NEW, _ERROR = range(4)
+_Schema = list[tuple[str, tuple[int, ...], torch.dtype]]
+
+
+class ReplicaGroups:
+    """Host-side process groups of each model replica, over gloo, so that no device waits for the data loader."""
+
+    def __init__(self, layout: ParallelLayout, world_size: int, rank: int, *, data_on_every_stage: bool) -> None:
+        self.reader = True
+        """Whether this rank reads."""
+        self.has_data = True
+        """Whether this rank's stage gets tensors: the first and the last do, and all if the module asks for it."""
+        self.all: dist.ProcessGroup | None = None
+        self.data: dist.ProcessGroup | None = None
+        if layout.model_parallel_size == 1:
+            return
+        everyone, with_data = self._ranks(layout, world_size, data_on_every_stage)
+        mine = next(index for index, ranks in enumerate(everyone) if rank in ranks)
+        self.reader = rank == everyone[mine][0]
+        self.has_data = rank in with_data[mine]
+        self.all, _ = dist.new_subgroups_by_enumeration(everyone, backend="gloo")
+        self.data = self.all
+        if with_data != everyone:
+            self.data, _ = dist.new_subgroups_by_enumeration(with_data, backend="gloo")
+
+    @staticmethod
+    def _ranks(layout: ParallelLayout, world_size: int, data_on_every_stage: bool) -> tuple[list[list[int]], ...]:
+        replicas = layout.data_parallel_size(world_size)
+        everyone: list[list[int]] = [[] for _ in range(replicas)]
+        with_data: list[list[int]] = [[] for _ in range(replicas)]
+        for rank in range(world_size):
+            place = layout.coordinates(rank, world_size)
+            everyone[place.data].append(rank)
+            if data_on_every_stage or place.pipeline in (0, layout.pipeline_model_parallel_size - 1):
+                with_data[place.data].append(rank)
+        return everyone, with_data
+
+
+class ReplicaDataLoader:
+    """A data loader that only the first rank of each replica iterates.
+
+    Every rank of a replica gets the same batches, the same end, and the same error if reading fails. Ranks of middle
+    pipeline stages get tensors that take no memory and tell nothing but the shape.
+
+    Any iterable of dicts works. Its position is part of a checkpoint: a loader with ``state_after(num_batches)`` and
+    ``load_state_dict`` (as those of :mod:`lightning_megatron.data`) is asked for its state; of another, the batches
+    that a resumed epoch has seen are read again and dropped.
+    """
+
+    def __init__(
+        self, loader: Any, groups: ReplicaGroups, prepare: Callable[[Mapping[str, Any]], dict[str, Any]]
+    ) -> None:
+        self.loader = loader
+        self._groups = groups
+        self._prepare = prepare
+        self._batches = 0
+        self._resumed = 0
+        self._to_drop = 0
+        self._exhausted = False
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    # What Lightning looks at: to set the epoch of a sampler, and to track a dataset.
+    @property
+    def dataset(self) -> Any:
+        return self.loader.dataset
+
+    @property
+    def sampler(self) -> Any:
+        return getattr(self.loader, "sampler", None)
+
+    @property
+    def batch_sampler(self) -> Any:
+        return getattr(self.loader, "batch_sampler", None)
+
+    # ----------------------------------------------------------------- position
+
+    @property
+    def _sized(self) -> bool:
+        try:
+            return len(self.loader) < math.inf
+        except TypeError:
+            return False
+
+    @property
+    def consumed_batches(self) -> int:
+        """Batches of this epoch that the training loop has used."""
+        if self._exhausted:
+            return 0  # the next epoch begins at its start
+        # Lightning reads one batch ahead of a loader whose end it cannot know.
+        ahead = 0 if self._sized else 1
+        consumed = max(0, self._batches - ahead)
+        return 0 if self._sized and consumed >= len(self) else consumed
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, the same on every rank of every replica."""
+        consumed = self.consumed_batches
+        state: dict[str, Any] = {"consumed_batches": consumed}
+        if hasattr(self.loader, "state_after"):
+            state["loader"] = self.loader.state_after(consumed)
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue at a position, in the epoch that is iterated next."""
+        self._resumed = state["consumed_batches"]
+        if "loader" in state:
+            self.loader.load_state_dict(state["loader"])
+        else:
+            self._to_drop = self._resumed
+
+    # ---------------------------------------------------------------- iteration
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self._batches, self._resumed = self._resumed, 0
+        drop, self._to_drop = self._to_drop, 0
+        self._exhausted = False
+        source = islice(iter(self.loader), drop, None) if self._groups.reader else None
+        exchange = _Exchange(self._groups) if self._groups.all is not None else None
+        while True:
+            batch, error = self._next(source)
+            if exchange is not None:
+                batch = exchange(batch, error)
+            elif error is not None:
+                raise error
+            if batch is None:
+                break
+            self._batches += 1
+            yield batch
+        self._exhausted = True
+
+    def _next(self, source: Iterator[Mapping[str, Any]] | None) -> tuple[dict[str, Any] | None, Exception | None]:
+        if source is None:
+            return None, None
+        try:
+            return self._prepare(next(source)), None
+        except StopIteration:
+            return None, None
+        except Exception as error:
+            return None, error
+
+
+class _Exchange:
+    """Tells a replica, step by step, what comes; then what it looks like, if that is new; then the bytes."""
+
+    def __init__(self, groups: ReplicaGroups) -> None:
+        self._groups = groups
+        self._schema: _Schema = []
+        self._extras: dict[str, Any] = {}
+
+    def __call__(self, batch: dict[str, Any] | None, error: Exception | None) -> dict[str, Any] | None:
+        """The reader passes its batch, or ``None`` at the end; everyone gets the batch, or ``None`` at the end.
+
+        Raises:
+            DataError: on every rank, if the reader passed an error.
+        """
+        kind, announcement, tensors = self._announce(batch, error)
+        header = torch.tensor([kind])
+        dist.broadcast(header, group_src=0, group=self._groups.all)
+        kind = int(header)
+        if kind == _STOP:
+            return None
+        if kind != _SAME:
+            told = [announcement]
+            dist.broadcast_object_list(told, group_src=0, group=self._groups.all)
+            if kind == _ERROR:
+                reader = dist.get_process_group_ranks(self._groups.all)[0]
+                raise DataError(f"Rank {reader} reads for this replica of the model, and failed: {told[0]}") from error
+            self._schema, self._extras = told[0]
+        if not self._groups.has_data:
+            return _shapes(self._schema) | self._extras
+        return _broadcast_tensors(tensors, self._schema, self._groups.data) | self._extras
+
+    def _announce(
+        self, batch: dict[str, Any] | None, error: Exception | None
+    ) -> tuple[int, Any, dict[str, torch.Tensor]]:
+        if error is not None:
+            return _ERROR, f"{type(error).__name__}: {error}", {}
+        if batch is None:
+            return _STOP, None, {}
+        tensors = {key: value.contiguous() for key, value in batch.items() if torch.is_tensor(value)}
+        extras = {key: value for key, value in batch.items() if key not in tensors}
+        schema = [(key, tuple(value.shape), value.dtype) for key, value in tensors.items()]
+        kind = _SAME if (schema, extras) == (self._schema, self._extras) else _NEW
+        return kind, (schema, extras), tensors
+
+
+def _shapes(schema: _Schema) -> dict[str, torch.Tensor]:
+    return {key: torch.zeros((), dtype=dtype).expand(shape) for key, shape, dtype in schema}
+
+
+def _broadcast_tensors(tensors: dict[str, torch.Tensor], schema: _Schema, group: Any) -> dict[str, torch.Tensor]:
+    """All tensors of a batch as one message from the first rank of ``group``."""
+    sizes = [math.prod(shape) * dtype.itemsize for _, shape, dtype in schema]
+    if tensors:
+        message = torch.cat([tensors[key].reshape(-1).view(torch.uint8) for key, _, _ in schema])
+    else:
+        message = torch.empty(sum(sizes), dtype=torch.uint8)
+    dist.broadcast(message, group_src=0, group=group)
+    if tensors:
+        return tensors
+    parts = message.split(sizes)
+    return {
+        # A part may begin between two elements of its type, so it is copied before it is viewed.
+        key: part.clone().view(dtype).view(shape)
+        for part, (key, shape, dtype) in zip(parts, schema, strict=True)
+    }

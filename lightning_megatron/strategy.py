@@ -1,0 +1,415 @@
+"""MegatronStrategy: process groups, chunks, gradient buffers and checkpoints of a MegatronModule, in a stock Trainer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, override
+
+import lightning.pytorch as pl
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from lightning_megatron.backends import core, rng
+from lightning_megatron.checkpoint.io import ShardedCheckpoint
+from lightning_megatron.errors import LayoutError, ModuleError
+from lightning_megatron.layout import ParallelLayout
+from lightning_megatron.models.transformer_config import BuildContext
+from lightning_megatron.module import MegatronModule
+from lightning_megatron.optim.config import OptimizerConfig
+from lightning_megatron.optim.optimizer import MegatronOptimizer, build_optimizer
+from lightning_megatron.precision import MegatronPrecision
+from lightning_megatron.replica import ReplicaDataLoader, ReplicaGroups
+from lightning_megatron.schedule import Batch, Schedule, StepResult
+
+DEFAULT_SEED = 1234
+
+
+class MegatronStrategy(DDPStrategy):
+    """Tensor, pipeline, sequence, context, expert and data parallelism through megatron-core.
+
+    Sizes and switches have Megatron's names. Data parallelism takes the processes that the other kinds leave.
+
+    Args:
+        tensor_model_parallel_size: see :class:`~lightning_megatron.ParallelLayout`, as for all sizes.
+        micro_batch_size: samples that go through the pipeline at a time. ``None`` is the whole batch of a rank without
+            a pipeline, and 1 with one.
+        use_distributed_optimizer: shard the optimizer's state over data-parallel ranks (ZeRO-1, arXiv:1910.02054).
+        overlap_grad_reduce: reduce gradients while the backward goes on.
+        overlap_param_gather: gather updated weights while the forward goes on; needs the distributed optimizer.
+        ddp: more fields of megatron-core's ``DistributedDataParallelConfig``.
+        seed: of weights and dropout; ``None`` takes the seed of ``lightning.seed_everything``, else 1234.
+        timeout: how long a collective waits for a rank that does not come.
+        kwargs: of Lightning's ``DDPStrategy``, such as ``start_method``, ``process_group_backend`` or
+            ``cluster_environment``.
+
+    Raises:
+        LayoutError: sizes that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        *,
+        tensor_model_parallel_size: int = 1,
+        pipeline_model_parallel_size: int = 1,
+        virtual_pipeline_model_parallel_size: int | None = None,
+        context_parallel_size: int = 1,
+        expert_model_parallel_size: int = 1,
+        sequence_parallel: bool = False,
+        num_layers_in_first_pipeline_stage: int | None = None,
+        num_layers_in_last_pipeline_stage: int | None = None,
+        pipeline_model_parallel_layout: str | None = None,
+        micro_batch_size: int | None = None,
+        use_distributed_optimizer: bool = False,
+        overlap_grad_reduce: bool = False,
+        overlap_param_gather: bool = False,
+        ddp: Mapping[str, Any] | None = None,
+        seed: int | None = None,
+        timeout: timedelta = timedelta(minutes=10),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(timeout=timeout, **kwargs)
+        self.layout = ParallelLayout(
+            tensor_model_parallel_size=tensor_model_parallel_size,
+            pipeline_model_parallel_size=pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
+            context_parallel_size=context_parallel_size,
+            expert_model_parallel_size=expert_model_parallel_size,
+            sequence_parallel=sequence_parallel,
+            num_layers_in_first_pipeline_stage=num_layers_in_first_pipeline_stage,
+            num_layers_in_last_pipeline_stage=num_layers_in_last_pipeline_stage,
+            pipeline_model_parallel_layout=pipeline_model_parallel_layout,
+        )
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise LayoutError(f"micro_batch_size={micro_batch_size}, but must be at least 1, or None.")
+        if overlap_param_gather and not (use_distributed_optimizer and overlap_grad_reduce):
+            raise LayoutError(
+                "overlap_param_gather=True needs use_distributed_optimizer=True and overlap_grad_reduce=True."
+            )
+        self.micro_batch_size = micro_batch_size
+        self.use_distributed_optimizer = use_distributed_optimizer
+        self._ddp_options = {
+            "overlap_grad_reduce": overlap_grad_reduce,
+            "overlap_param_gather": overlap_param_gather,
+            **(ddp or {}),
+        }
+        self._seed = seed
+        self._chunks: list[Any] = []
+        self._context: BuildContext | None = None
+        self._replica: ReplicaGroups | None = None
+        self._schedule: Schedule | None = None
+        self._wrapped_for_training: list[Any] = []
+        # Gradient accumulation: tokens of the window's schedules so far, None before its first.
+        self._window_tokens: Tensor | None = None
+        self._more_to_accumulate = False
+
+    # ------------------------------------------------------------------ what others ask
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Replicas of the model."""
+        return self.layout.data_parallel_size(self.world_size)
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """Which replica this rank belongs to."""
+        return self.layout.coordinates(self.global_rank, self.world_size).data
+
+    @property
+    def build_context(self) -> BuildContext:
+        """What modules need to build their chunks; exists from ``setup_environment`` on."""
+        if self._context is None:
+            raise RuntimeError("The process groups of MegatronStrategy exist only inside fit, validate, test, predict.")
+        return self._context
+
+    @property
+    def megatron_optimizer(self) -> MegatronOptimizer:
+        """The one optimizer of a fit."""
+        return self.optimizers[0]  # type: ignore[return-value]
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": self.data_parallel_size, "rank": self.data_parallel_rank}
+
+    @property
+    @override
+    def precision_plugin(self) -> MegatronPrecision:
+        return self._precision_plugin or MegatronPrecision()  # type: ignore[return-value]
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Precision | None) -> None:
+        self._precision_plugin = None if plugin is None else MegatronPrecision.from_lightning(plugin)
+
+    # --------------------------------------------------------------------------- set-up
+
+    @override
+    def connect(self, model: pl.LightningModule) -> None:
+        if not isinstance(model, MegatronModule):
+            raise ModuleError(
+                f"MegatronStrategy runs a lightning_megatron.MegatronModule, but got {type(model).__name__}. Derive it "
+                "from MegatronModule (build_chunks, forward_step and loss replace training_step), or use GPTModule; "
+                "for a model that needs no model parallelism, strategy='ddp' or 'fsdp' take it as it is."
+            )
+        if not model.automatic_optimization:
+            raise ModuleError(
+                f"{type(model).__name__} sets automatic_optimization=False, but a pipeline schedule runs forward and "
+                "backward of all micro-batches by itself. Remove that line; override loss() to change what is optimised."
+            )
+        super().connect(model)
+
+    @override
+    def setup_environment(self) -> None:
+        self.layout.data_parallel_size(self.world_size)  # before any process waits for another
+        super().setup_environment()
+        core.use_device(self.root_device)
+        self._initialise_groups()
+
+    def _initialise_groups(self) -> None:
+        if self._context is not None and self._context.policy == self.precision_plugin.policy:
+            return  # a second fit, validate, test or predict of the same Trainer
+        layout, state = self.layout, core.parallel_state
+        if state.model_parallel_is_initialized():
+            state.destroy_model_parallel()
+        state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor_model_parallel_size,
+            pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
+            context_parallel_size=layout.context_parallel_size,
+            expert_model_parallel_size=layout.expert_model_parallel_size,
+            create_gloo_process_groups=False,
+            distributed_timeout_minutes=max(1, round((self._timeout or timedelta(minutes=10)).total_seconds() / 60)),
+        )
+        seed = self._seed if self._seed is not None else int(os.environ.get("PL_GLOBAL_SEED", DEFAULT_SEED))
+        rng.seed(seed, state.get_pipeline_model_parallel_rank())
+        groups = core.ProcessGroupCollection.use_mpu_process_groups()
+        self._context = BuildContext(layout, groups, self.precision_plugin.policy, self.root_device, seed)
+        assert isinstance(self.lightning_module, MegatronModule)
+        self._replica = ReplicaGroups(
+            layout,
+            self.world_size,
+            self.global_rank,
+            data_on_every_stage=self.lightning_module.data_on_every_stage,
+        )
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        assert self.accelerator is not None
+        assert isinstance(self.lightning_module, MegatronModule)
+        self.accelerator.setup(trainer)
+        self.model_to_device()
+        training = trainer.state.fn == TrainerFn.FITTING
+        self._chunks = self._wrap(list(self.lightning_module.chunks), training)
+        self._configure_core()
+        if training:
+            self.setup_optimizers(trainer)
+            self._connect_optimizer()
+        self.setup_precision_plugin()
+        assert self._replica is not None
+        self._schedule = Schedule(
+            self.lightning_module,
+            self._chunks,
+            self.layout,
+            self.build_context.groups,
+            micro_batch_size=self.micro_batch_size,
+            has_data=self._replica.has_data,
+            device=self.root_device,
+        )
+
+    def _wrap(self, chunks: list[Any], training: bool) -> list[Any]:
+        """Casts of inputs and outputs around half-precision chunks, gradient buffers around those that train."""
+        if self._wrapped_for_training and [_unwrap(chunk) for chunk in self._wrapped_for_training] == chunks:
+            return self._wrapped_for_training  # wrapping again would hook every parameter twice
+        if self.precision_plugin.policy.half:
+            chunks = [core.Float16Module(core.get_model_config(chunk), chunk) for chunk in chunks]
+        if not training:
+            return chunks
+        self._wrapped_for_training = [
+            core.DistributedDataParallel(
+                core.get_model_config(chunk),
+                self._ddp_config(),
+                chunk,
+                disable_bucketing=index > 0,  # as Megatron-LM does: only the first chunk's backward ends the step
+                pg_collection=self.build_context.groups,
+            )
+            for index, chunk in enumerate(chunks)
+        ]
+        return self._wrapped_for_training
+
+    def _ddp_config(self) -> core.DistributedDataParallelConfig:
+        return core.DistributedDataParallelConfig(
+            use_distributed_optimizer=self.use_distributed_optimizer,
+            grad_reduce_in_fp32=self.precision_plugin.policy.grad_reduce_in_fp32,
+            **self._ddp_options,
+        )
+
+    def _configure_core(self) -> None:
+        """Tell megatron-core's schedule how gradients are reduced."""
+        config = core.get_model_config(self._chunks[0])
+        config.finalize_model_grads_func = self._finalize_gradients
+        config.grad_scale_func = None
+        config.no_sync_func = None
+        if self._ddp_options["overlap_grad_reduce"] and self._wrapped_for_training:
+            config.no_sync_func = _each([chunk.no_sync for chunk in self._wrapped_for_training])
+
+    def _connect_optimizer(self) -> None:
+        if len(self.optimizers) != 1 or not isinstance(self.optimizers[0], MegatronOptimizer):
+            names = [type(optimizer).__name__ for optimizer in self.optimizers]
+            raise ModuleError(
+                f"configure_optimizers returned {names}, but the weights live in megatron-core's buffers, which only "
+                "its own optimizer steps. Return self.strategy.build_optimizer(OptimizerConfig(...)), with any LR "
+                "scheduler on it."
+            )
+        core.get_model_config(self._chunks[0]).grad_scale_func = self.megatron_optimizer.core.scale_loss
+
+    def build_optimizer(self, config: OptimizerConfig) -> MegatronOptimizer:
+        """Megatron's optimizer over this rank's weights; for ``configure_optimizers``."""
+        return build_optimizer(
+            config,
+            self._chunks,
+            self.precision_plugin,
+            self.build_context.groups,
+            use_distributed_optimizer=self.use_distributed_optimizer,
+            overlap_param_gather=self._ddp_options["overlap_param_gather"],
+        )
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        assert self._replica is not None
+        assert isinstance(self.lightning_module, MegatronModule)
+        return ReplicaDataLoader(dataloader, self._replica, self.lightning_module.prepare_batch)
+
+    # ---------------------------------------------------------------------------- steps
+
+    def run_schedule(self, batch: Batch, *, forward_only: bool) -> StepResult:
+        """Run all micro-batches of a batch; unless ``forward_only``, complete the gradients of an optimizer step."""
+        assert self._schedule is not None
+        if forward_only:
+            return self._schedule(batch, forward_only=True)
+        if self._window_tokens is None:
+            self._zero_gradients()
+        with self._without_reduction() if self._more_to_accumulate else nullcontext():
+            result = self._schedule(batch, forward_only=False)
+        return result
+
+    def _zero_gradients(self) -> None:
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
+        # Without master weights param.grad is the buffer itself after a step, and the first micro-batch would be
+        # added to it twice.
+        self.megatron_optimizer.core.zero_grad()
+
+    @contextmanager
+    def _without_reduction(self) -> Iterator[None]:
+        config = core.get_model_config(self._chunks[0])
+        no_sync, config.no_sync_func = config.no_sync_func, nullcontext
+        try:
+            with ExitStack() as stack:
+                for chunk in self._chunks:
+                    stack.enter_context(chunk.no_sync())
+                yield
+        finally:
+            config.no_sync_func = no_sync
+
+    def _finalize_gradients(self, chunks: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+        """Reduce gradients and divide them by the tokens of the whole accumulation window, at its end."""
+        if num_tokens is not None:
+            num_tokens = num_tokens if self._window_tokens is None else num_tokens + self._window_tokens
+        if self._more_to_accumulate:
+            self._window_tokens = num_tokens
+            return
+        self._window_tokens = None
+        core.finalize_model_grads(chunks, num_tokens, **kwargs)
+
+    @override
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Lightning enters this around all but the last batch of ``accumulate_grad_batches``."""
+        self._more_to_accumulate = True
+        try:
+            yield
+        finally:
+            self._more_to_accumulate = False
+
+    # ---------------------------------------------------------------------- checkpoints
+
+    @property
+    @override
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True  # sharded tensors are loaded into the buffers that setup makes
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return {}
+
+    @override
+    def optimizer_state(self, optimizer: Any) -> dict[str, Tensor]:
+        return {}
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        assert isinstance(self.lightning_module, MegatronModule)
+        with self._gathered_weights():
+            self._sharded_checkpoint(with_optimizer="optimizer_states" in checkpoint).save(
+                Path(filepath), checkpoint, self.lightning_module.describe()
+            )
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        with self._gathered_weights():
+            return self._sharded_checkpoint(with_optimizer=self._fitting).load(
+                Path(checkpoint_path), strict=self.lightning_module.strict_loading, weights_only=weights_only
+            )
+
+    @property
+    def _fitting(self) -> bool:
+        return self.lightning_module is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+
+    def _sharded_checkpoint(self, *, with_optimizer: bool) -> ShardedCheckpoint:
+        return ShardedCheckpoint(
+            [_unwrap(chunk) for chunk in self._chunks],
+            self.megatron_optimizer if with_optimizer and self.optimizers else None,
+            self.layout,
+            self.build_context.groups,
+        )
+
+    @contextmanager
+    def _gathered_weights(self) -> Iterator[None]:
+        """Weights that a forward would have gathered lazily are gathered before they are read or replaced."""
+        lazily = self._ddp_options["overlap_param_gather"] and self._wrapped_for_training
+        for chunk in self._wrapped_for_training if lazily else ():
+            chunk.disable_forward_pre_hook(param_sync=True)
+        yield
+        for chunk in self._wrapped_for_training if lazily else ():
+            chunk.enable_forward_pre_hook()
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Nothing: :meth:`load_checkpoint` has filled the weights in place."""
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Nothing: :meth:`load_checkpoint` has filled the optimizer in place."""
+
+    @override
+    def teardown(self) -> None:
+        """Release the accelerator's own resources; groups and weights stay, since saving after a fit is legal."""
+        self.precision_plugin.teardown()
+        assert self.accelerator is not None
+        self.accelerator.teardown()
+
+
+def _unwrap(chunk: Any) -> Any:
+    while isinstance(chunk, (core.DistributedDataParallel, core.Float16Module)):
+        chunk = chunk.module
+    return chunk
+
+
+def _each(functions: list[Any]) -> Any:
+    """megatron-core takes one function for one chunk, and a list for several."""
+    return functions if len(functions) > 1 else functions[0]
