@@ -172,10 +172,10 @@ class BlendedDataset(Dataset[Sample]):
             end = int(beyond[0]) if len(beyond) else total
             return {"dataset": dataset_index[:end], "sample": sample_index[:end]}
         drawn = np.bincount(dataset_index, minlength=len(lengths))
-        for number, (wanted, available) in enumerate(zip(drawn, lengths, strict=True)):
-            if wanted > available:
+        for number, (wanted, length) in enumerate(zip(drawn, lengths, strict=True)):
+            if wanted > length:
                 raise DataError(
-                    f"The blend draws {wanted} samples from dataset {number}, which has {available}: lower its weight "
+                    f"The blend draws {wanted} samples from dataset {number}, which has {length}: lower its weight "
                     f"({weights[number]:.4g}) or the number of samples ({total})."
                 )
         return {"dataset": dataset_index, "sample": sample_index}

@@ -70,10 +70,10 @@ class GlobalBatchLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """State after the batches that the iterator has handed out so far."""
-        return self.state_after(self._handed_out)
+        return self.state_after(self.batch_sampler.start_batches + self._handed_out)
 
     def state_after(self, num_batches: int) -> dict[str, Any]:
-        """State after `num_batches` batches of the current pass, counted from where the pass began (or was resumed).
+        """State after the first `num_batches` batches of the current epoch, those before a resume included.
 
         For a caller that fetches ahead or reads on one rank for several, and so knows better than the iterator what
         was used.

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice, takewhile
 from typing import Any
 
 import numpy as np
@@ -94,6 +95,9 @@ class GlobalBatchSampler(Sampler[list[int]]):
         self.order_id = order_id
         self.epoch = 0
         self.start = 0
+        """Samples of the epoch that are consumed before the next iteration begins."""
+        self.start_batches = 0
+        """Batches that these samples were."""
         if ramp is not None:
             ramp.check(global_batch_size)
         sizes = {global_batch_size} if ramp is None else {ramp.start, ramp.start + ramp.increment, global_batch_size}
@@ -112,16 +116,19 @@ class GlobalBatchSampler(Sampler[list[int]]):
     def set_epoch(self, epoch: int) -> None:
         """Begin another epoch at its first sample; the current epoch keeps its place. Lightning calls it each epoch."""
         if epoch != self.epoch:
-            self.epoch, self.start = epoch, 0
+            self.epoch, self.start, self.start_batches = epoch, 0, 0
 
-    def seek(self, consumed_samples: int, epoch: int = 0) -> None:
-        """Begin after the first `consumed_samples` samples of `epoch`."""
+    def seek(self, consumed_samples: int, epoch: int = 0, batches: int | None = None) -> None:
+        """Begin after the first `consumed_samples` samples of `epoch`, which were `batches` batches if that is known."""
         if not 0 <= consumed_samples <= self.num_samples:
             raise DataError(
                 f"The checkpoint has consumed {consumed_samples} samples of an epoch, the data has {self.num_samples}: "
                 "resume with the data and split of the first run."
             )
         self.epoch, self.start = epoch, consumed_samples
+        if batches is None:
+            batches = sum(1 for _ in takewhile(lambda batch: batch[0] < consumed_samples, self.sizes(0)))
+        self.start_batches = batches
 
     def sizes(self, start: int) -> Iterator[tuple[int, int]]:
         """`(first sample, real samples)` of each global batch from sample `start` of this epoch on."""
@@ -138,18 +145,22 @@ class GlobalBatchSampler(Sampler[list[int]]):
         return self.ramp.size_at(self.epoch * self.num_samples + position, self.global_batch_size)
 
     def consumed_after(self, num_batches: int) -> int:
-        """Samples of this epoch consumed after `num_batches` batches from `start`."""
+        """Samples of this epoch consumed after its first `num_batches` batches."""
+        if num_batches >= self.start_batches:
+            first, count = self.start, num_batches - self.start_batches
+        else:
+            first, count = 0, num_batches
         if self.ramp is None:
-            return min(self.start + num_batches * self.global_batch_size, self.num_samples)
-        position = self.start
-        for (first, count), _ in zip(self.sizes(self.start), range(num_batches), strict=False):
-            position = first + count
-        return position
+            return min(first + count * self.global_batch_size, self.num_samples)
+        for position, size in islice(self.sizes(first), count):
+            first = position + size
+        return first
 
     def state_after(self, num_batches: int) -> dict[str, Any]:
-        """State from which a run continues behind `num_batches` batches from `start`."""
+        """State from which a run continues behind the first `num_batches` batches of this epoch."""
         return {
             "consumed_samples": self.consumed_after(num_batches),
+            "batches": num_batches,
             "epoch": self.epoch,
             "global_batch_size": self.global_batch_size,
             "order_id": self.order_id,
@@ -173,7 +184,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
                 f"The checkpoint was made with global_batch_size={state['global_batch_size']}, this run has "
                 f"{self.global_batch_size}: no sample is repeated, but this epoch ends by the old count of steps."
             )
-        self.seek(int(state["consumed_samples"]), int(state.get("epoch", 0)))
+        self.seek(int(state["consumed_samples"]), int(state.get("epoch", 0)), state.get("batches"))
 
     def __len__(self) -> int:
         """Optimizer steps of the whole epoch, wherever it resumes."""

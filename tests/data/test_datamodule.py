@@ -144,13 +144,14 @@ class TestLoaderState:
         assert loader.state_dict()["consumed_samples"] == 24
         assert loader.state_after(2)["consumed_samples"] == 16
 
-    def test_state_after_counts_from_the_resumed_place(self, dataset_prefix: Path) -> None:
+    def test_state_after_counts_from_the_beginning_of_the_epoch(self, dataset_prefix: Path) -> None:
         module = data(dataset_prefix)
         module.setup("fit")
         loader = module.train_dataloader()
         loader.load_state_dict({"consumed_samples": 24})
-        assert loader.state_after(0)["consumed_samples"] == 24
-        assert loader.state_after(2)["consumed_samples"] == 40
+        assert loader.state_after(0)["consumed_samples"] == 0
+        assert loader.state_after(3)["consumed_samples"] == 24
+        assert loader.state_after(5)["consumed_samples"] == 40
         first = next(iter(loader))["tokens"]
         assert torch.equal(first[0], loader.dataset[24]["tokens"])
 

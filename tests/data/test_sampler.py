@@ -123,6 +123,13 @@ class TestRamp:
         resumed.load_state_dict(sampler().state_after(5))
         assert list(resumed) == list(sampler())[5:]
 
+    def test_state_counts_the_batches_of_the_epoch(self) -> None:
+        sampler = GlobalBatchSampler(100, 16, ramp=BatchRamp(4, 4, 40))
+        assert [sampler.state_after(count)["consumed_samples"] for count in range(8)] == [0, 4, 8, 12, 16, 24, 32, 44]
+        for batches in (None, 5):
+            sampler.seek(24, batches=batches)
+            assert [sampler.consumed_after(count) for count in (0, 4, 5, 6, 7)] == [0, 16, 24, 32, 44]
+
     def test_a_ramp_that_misses_the_final_size(self) -> None:
         with pytest.raises(DataError, match="rampup_batch_size=4,5,100 does not lead to global_batch_size=16"):
             GlobalBatchSampler(100, 16, ramp=BatchRamp(4, 5, 100))
