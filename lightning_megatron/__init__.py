@@ -53,7 +53,6 @@ _HOMES = {
 _SUBPACKAGES = ("callbacks", "data", "generation", "planner")
 
 
-
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -283,7 +283,13 @@ class MegatronStrategy(DDPStrategy):
     def process_dataloader(self, dataloader: object) -> object:
         assert self._replica is not None
         assert isinstance(self.lightning_module, MegatronModule)
-        return ReplicaDataLoader(dataloader, self._replica, self.lightning_module.prepare_batch)
+        return ReplicaDataLoader(
+            dataloader,
+            self._replica,
+            self.lightning_module.prepare_batch,
+            seed=self.build_context.seed,
+            first_epoch=self.lightning_module.current_epoch,
+        )
 
     # ---------------------------------------------------------------------------- steps
 

@@ -138,9 +138,7 @@ def test_recompute_changes_nothing_even_with_dropout(mode: str, ranks: Any) -> N
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("bf16-mixed", 2e-3), ("bf16-true", 2e-3), ("16-mixed", 1e-3)])
 @pytest.mark.parametrize("name", ["tp2 sp", "pp2 dp2 distributed optimizer", "pp2 interleaved"])
-def test_half_precision_stays_near_fp32(
-    name: str, precision: str, tolerance: float, ranks: Any, seeded: Any
-) -> None:
+def test_half_precision_stays_near_fp32(name: str, precision: str, tolerance: float, ranks: Any, seeded: Any) -> None:
     world_size, strategy = LAYOUTS[name]
     losses, norms = ranks.run(train, world_size, world_size, strategy, None, None, None, precision)[0]
     assert losses == pytest.approx(seeded[0], abs=tolerance * losses[0])
