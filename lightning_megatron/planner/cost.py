@@ -14,6 +14,7 @@ from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.models.config import GPTConfig
 from lightning_megatron.planner.communication import LayerCommunication, layer_communication
 from lightning_megatron.planner.hardware import Accelerator, Cluster
+from lightning_megatron.planner.memory import optimizer_bytes_per_parameter
 from lightning_megatron.planner.parameters import layer_parameters, layer_widths, layers_per_chunk, stage_parameters
 from lightning_megatron.planner.pipeline import StageTimes
 from lightning_megatron.planner.settings import Batch, Recompute, Runtime
@@ -230,12 +231,13 @@ def optimizer_seconds(
 ) -> float:
     """Seconds of Adam's update and of the gradient norm on one rank, whose states are one of ``shards`` parts.
 
-    The update reads gradient, master and two moments and writes master, moments and the weight; with 32-bit states that
-    is 30 bytes per parameter. Clipping reads and rescales the gradient before.
+    The update reads gradient, master and two moments and writes master, moments and the weight: 30 bytes per parameter
+    with 32-bit gradients. Clipping reads the gradient for its norm, then reads and rescales it.
     """
     gradient = runtime.gradient_bytes(batch)
-    states = 8 if batch.precision == "bf16-true" else 24
-    per_parameter = 4 + states + batch.element_bytes + 3 * gradient
+    # Read and written once each, the 32-bit weights among them; 16-bit weights are written on top.
+    states = 2 * optimizer_bytes_per_parameter(batch, distributed=shards > 1)
+    per_parameter = states + (2 if batch.precision == "32-true" else 1) * batch.element_bytes + 4 * gradient
     local = stage_parameters(model, layout, stage) / shards
     moved = local * per_parameter / (cluster.accelerator.memory_bandwidth * runtime.bandwidth_efficiency)
     layers = sum(layers_per_chunk(model.num_layers, layout)[stage])

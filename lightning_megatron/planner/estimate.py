@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.models.config import GPTConfig
+from lightning_megatron.planner.assumptions import assumptions
 from lightning_megatron.planner.communication import (
     data_parallel_communication,
     layer_communication,
@@ -14,7 +15,7 @@ from lightning_megatron.planner.communication import (
 )
 from lightning_megatron.planner.cost import StageCost, optimizer_seconds, stage_cost
 from lightning_megatron.planner.flops import hardware_flops_per_token, model_flops_per_token, utilization
-from lightning_megatron.planner.hardware import GIB, Cluster
+from lightning_megatron.planner.hardware import Cluster
 from lightning_megatron.planner.memory import StageMemory, stage_memory
 from lightning_megatron.planner.parameters import layers_per_chunk
 from lightning_megatron.planner.pipeline import (
@@ -136,6 +137,8 @@ class Estimate:
     mfu: float
     hfu: float
     host_bound: bool
+    overlap_grad_reduce: bool
+    overlap_param_gather: bool
     assumptions: tuple[str, ...]
 
     @property
@@ -161,10 +164,13 @@ class Estimate:
 
     def strategy_arguments(self) -> dict[str, Any]:
         """Arguments of ``MegatronStrategy`` that run this, without those at their defaults."""
-        given = {name: value for name, value in self.layout.as_dict().items() if value not in (None, 1, False)}
+        defaults = ParallelLayout().as_dict()
+        given = {name: value for name, value in self.layout.as_dict().items() if value != defaults[name]}
         return given | {
             "micro_batch_size": self.execution.micro_batch_size,
             "use_distributed_optimizer": self.execution.use_distributed_optimizer,
+            "overlap_grad_reduce": self.overlap_grad_reduce,
+            "overlap_param_gather": self.overlap_param_gather,
         }
 
     def model_arguments(self) -> dict[str, Any]:
@@ -288,6 +294,8 @@ def estimate(
     hardware = hardware_flops_per_token(
         model, batch.seq_length, execution.recompute, tuple(layers for stage in chunks for layers in stage)
     )
+    replicated = execution.data_parallel_size * layout.context_parallel_size > 1
+    overlap = replicated and runtime.overlap_grad_reduce
     return Estimate(
         execution=execution,
         memory=tuple(
@@ -302,6 +310,9 @@ def estimate(
         mfu=utilization(model_flops_per_token(model, batch.seq_length), tokens_per_second, cluster.num_gpus, peak),
         hfu=utilization(hardware, tokens_per_second, cluster.num_gpus, peak),
         host_bound=any(cost.host_bound for cost in costs),
+        overlap_grad_reduce=overlap,
+        # megatron-core gathers weights behind the forward only with its distributed optimizer and the former overlap.
+        overlap_param_gather=overlap and execution.use_distributed_optimizer and runtime.overlap_param_gather,
         assumptions=assumptions(cluster, batch, runtime),
     )
 
@@ -345,28 +356,4 @@ def _traffic(model: GPTConfig, cluster: Cluster, batch: Batch, execution: Execut
         context=m * ((layers + repeated) * layer.context_forward.bytes + layers * layer.context_backward.bytes),
         pipeline=hops * pipeline_hop(model, layout, cluster, batch, execution.micro_batch_size).bytes,
         data=data.gradients.bytes + data.weights.bytes + data.tied_embedding.bytes,
-    )
-
-
-def assumptions(cluster: Cluster, batch: Batch, runtime: Runtime) -> tuple[str, ...]:
-    """What every estimate on this cluster takes for granted, one sentence each."""
-    gpu = cluster.accelerator
-    hidden = [
-        name
-        for name, on in (("gradient reduction", runtime.overlap_grad_reduce), ("weights", runtime.overlap_param_gather))
-        if on
-    ]
-    return (
-        f"{gpu.name}: {gpu.flops / 1e12:.0f} TFLOP/s dense in 16 bits, {gpu.memory_bandwidth / 1e12:.2f} TB/s, "
-        f"{gpu.memory / GIB:.1f} GiB, of which a plan may fill {runtime.memory_fraction:.0%}.",
-        f"Links: {cluster.intra_node.name} at {cluster.intra_node.rate / 1e9:.0f} GB/s inside a node of "
-        f"{cluster.gpus_per_node}, {cluster.nics_per_node} x {cluster.inter_node.name} at "
-        f"{cluster.inter_node.rate / 1e9:.0f} GB/s between nodes, no congestion.",
-        f"Matrix products reach {runtime.matmul_efficiency:.1%} of the peak and other kernels "
-        f"{runtime.bandwidth_efficiency:.0%} of the bandwidth; attention is {runtime.attention}.",
-        f"The host needs {runtime.host_seconds_per_layer * 1e3:.1f} ms per layer and micro-batch to launch kernels.",
-        f"Gradients are {runtime.gradient_bytes(batch)} bytes; {' and '.join(hidden) or 'no'} communication overlaps "
-        "with computation. Tensor-parallel communication overlaps with nothing.",
-        f"{runtime.context_bytes / GIB:.2f} GiB for the CUDA context, {runtime.communicator_bytes / GIB:.2f} GiB per "
-        f"NCCL communicator, {runtime.fragmentation:.0%} fragmentation.",
     )

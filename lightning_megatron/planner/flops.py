@@ -43,7 +43,9 @@ def hardware_flops_per_token(
 ) -> float:
     """FLOPs per token of forward and backward, with what ``recompute`` repeats.
 
-    With selective recomputation: ``72 B L s h^2 (1 + s/(3h) + V/(12 h L))`` per step (arXiv:2205.05198, equation 9).
+    Selective recomputation repeats the ``4 s h`` of attention's core once. The paper's own tables count it three times:
+    ``72 B L s h^2 (1 + s/(3h) + V/(12 h L))`` (arXiv:2205.05198, appendix A), so its HFU and its 2.7% overhead for
+    GPT-3 are higher than what this returns.
 
     Args:
         model: Sizes of the Transformer.

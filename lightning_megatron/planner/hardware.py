@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 GIB = 2**30
+_MAX_NAMES_LISTED = 20
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> ValueError:
@@ -20,7 +21,8 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> ValueError:
     names = list(known)
     near = difflib.get_close_matches(str(name).lower(), names, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    return ValueError(f"{kind}={name} is not known.{hint} Known: {', '.join(names)}.")
+    known_names = f" Known: {', '.join(names)}." if len(names) <= _MAX_NAMES_LISTED or not near else ""
+    return ValueError(f"{kind}={name} is not known.{hint}{known_names}")
 
 
 def lookup[T](kind: str, name: str, table: Mapping[str, T]) -> T:

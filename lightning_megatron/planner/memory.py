@@ -13,6 +13,7 @@ from math import ceil
 
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.models.config import GPTConfig
+from lightning_megatron.planner.assumptions import MEMORY
 from lightning_megatron.planner.parameters import layer_widths, layers_per_chunk, stage_parameters
 from lightning_megatron.planner.pipeline import chunks_in_flight
 from lightning_megatron.planner.settings import NO_RECOMPUTE, AttentionKernel, Batch, Recompute, Runtime
@@ -118,6 +119,11 @@ class StageMemory:
         """What the device must have."""
         return self.allocated + self.overhead
 
+    @property
+    def assumptions(self) -> tuple[str, ...]:
+        """What these numbers take for granted."""
+        return MEMORY
+
     def parts(self) -> dict[str, float]:
         """Bytes by part, in the order of a stacked bar; they add up to ``total``."""
         return {
@@ -131,12 +137,15 @@ class StageMemory:
         }
 
 
-def optimizer_bytes_per_parameter(batch: Batch) -> int:
+def optimizer_bytes_per_parameter(batch: Batch, *, distributed: bool) -> int:
     """Adam's states: two moments in 32 bits and, where the weights are not, a 32-bit master copy.
 
-    ``bf16-true`` keeps the two moments in bf16 beside the weights, without a master copy.
+    ``bf16-true`` keeps the two moments in bf16 beside the weights, without a master copy; megatron-core's distributed
+    optimizer keeps master copies all the same.
     """
-    return {"32-true": 8, "bf16-true": 4}.get(batch.precision, 12)
+    if batch.precision == "32-true":
+        return 8
+    return 4 if batch.precision == "bf16-true" and not distributed else 12
 
 
 def stage_memory(
@@ -161,7 +170,8 @@ def stage_memory(
     shards = data_parallel_size * layout.context_parallel_size if use_distributed_optimizer else 1
     gradient = runtime.gradient_bytes(batch)
     # With 16-bit gradients and a master copy the optimizer makes 32-bit copies of the gradients that it reads.
-    copies = 4 if gradient == 2 and optimizer_bytes_per_parameter(batch) == 12 else 0
+    states = optimizer_bytes_per_parameter(batch, distributed=use_distributed_optimizer)
+    copies = 4 if gradient == 2 and states == 12 else 0
     activations = _stage_activations(
         model,
         layout,
@@ -185,7 +195,7 @@ def stage_memory(
         parameters=parameters,
         weights=parameters * batch.element_bytes,
         gradients=parameters * gradient,
-        optimizer=parameters * optimizer_bytes_per_parameter(batch) / shards,
+        optimizer=parameters * states / shards,
         activations=activations,
         logits=logits,
         optimizer_step=parameters * copies / shards,

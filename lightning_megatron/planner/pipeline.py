@@ -16,6 +16,7 @@ from itertools import accumulate
 from typing import Literal, NamedTuple
 
 from lightning_megatron.errors import LayoutError
+from lightning_megatron.planner.assumptions import PIPELINE
 from lightning_megatron.planner.hardware import unknown
 
 ScheduleName = Literal["1f1b", "interleaved", "zb_h1"]
@@ -158,6 +159,11 @@ class Timeline:
     def idle_fraction(self, stage: int) -> float:
         """Part of the whole time that ``stage`` waits."""
         return 1 - self.busy[stage] / self.seconds
+
+    @property
+    def assumptions(self) -> tuple[str, ...]:
+        """What the simulation takes for granted."""
+        return PIPELINE
 
     def peak_chunks(self, stage: int) -> int:
         """Most chunk forwards held at once: a forward adds one, its last backward frees it."""

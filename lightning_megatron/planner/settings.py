@@ -87,8 +87,8 @@ class Runtime:
     attention: AttentionKernel = "flash"
     """``flash`` never stores the scores; ``fused_softmax`` is the papers' 16-bit kernel; ``torch_softmax`` is
     megatron-core's fallback without Apex, which keeps the softmax in 32 bits and its 16-bit copy."""
-    grad_reduce_in_fp32: bool = True
-    """Gradients are accumulated and reduced in 32 bits, whatever the weights are."""
+    grad_reduce_in_fp32: bool | None = None
+    """Accumulate and reduce gradients in 32 bits. ``None`` is what the precision means: in all but ``bf16-true``."""
     overlap_grad_reduce: bool = True
     overlap_param_gather: bool = True
     matmul_efficiency: float = 0.905
@@ -117,7 +117,10 @@ class Runtime:
 
     def gradient_bytes(self, batch: Batch) -> int:
         """Bytes of one accumulated gradient."""
-        return 4 if self.grad_reduce_in_fp32 or batch.precision == "32-true" else 2
+        if batch.precision == "32-true":
+            return 4
+        in_fp32 = batch.precision != "bf16-true" if self.grad_reduce_in_fp32 is None else self.grad_reduce_in_fp32
+        return 4 if in_fp32 else 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
