@@ -14,7 +14,15 @@ Neither torch nor Lightning nor megatron-core is imported, so a plan for ten tho
 
 from lightning_megatron.planner.estimate import Estimate, Execution, StepTime, Traffic, estimate
 from lightning_megatron.planner.flops import hardware_flops_per_token, model_flops_per_token, utilization
-from lightning_megatron.planner.hardware import ACCELERATORS, GIB, LINKS, Accelerator, Cluster, Link
+from lightning_megatron.planner.hardware import (
+    ACCELERATORS,
+    GIB,
+    LINKS,
+    Accelerator,
+    Cluster,
+    Link,
+    accelerator_of_device,
+)
 from lightning_megatron.planner.memory import StageMemory, layer_activations, stage_memory
 from lightning_megatron.planner.parameters import model_parameters, stage_parameters
 from lightning_megatron.planner.pipeline import StageTimes, Timeline, simulate
@@ -34,6 +42,7 @@ __all__ = [
     "Cluster",
     "Accelerator",
     "Link",
+    "accelerator_of_device",
     "ACCELERATORS",
     "LINKS",
     "MODELS",

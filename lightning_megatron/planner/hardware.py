@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -131,6 +132,44 @@ ACCELERATORS: dict[str, Accelerator] = {
         _gpu("rtx4090", gib=23.6, tflops=165.2, tf32=82.6, tb_s=1.008, links=("pcie4", "ethernet_10g"), attention=0.5),
     )
 }
+
+
+# What the names that CUDA gives devices contain, the more particular first.
+_DEVICE_NAMES = (
+    ("H100 PCIe", "h100_pcie"),
+    ("H100", "h100"),
+    ("H200", "h200"),
+    ("B200", "b200"),
+    ("A100-PCIE-40GB", "a100_40gb"),
+    ("A100-SXM4-40GB", "a100_40gb"),
+    ("A100 80GB PCIe", "a100_pcie"),
+    ("A100", "a100"),
+    ("V100", "v100"),
+    ("L40S", "l40s"),
+    ("A10", "a10"),
+    ("L4", "l4"),
+    ("T4", "t4"),
+    ("RTX 4090", "rtx4090"),
+)
+
+
+def accelerator_of_device(name: str, memory: float | None = None) -> Accelerator:
+    """The accelerator whose device CUDA calls ``name``, such as ``"NVIDIA H100 80GB HBM3"``.
+
+    Args:
+        name: ``torch.cuda.get_device_name()``.
+        memory: Bytes that the device really has, where known.
+
+    Raises:
+        ValueError: no accelerator here has devices of this name.
+    """
+    words = name.split()
+    for part, key in _DEVICE_NAMES:
+        # Whole words, or "L4" would be found in "L40S" and "A10" in "A100".
+        if part in name and (" " in part or any(re.fullmatch(rf"{part}(-.*|G)?", word) for word in words)):
+            accelerator = ACCELERATORS[key]
+            return accelerator if memory is None else replace(accelerator, memory=memory)
+    raise ValueError(f"No accelerator known here has devices named {name!r}. Known: {', '.join(ACCELERATORS)}.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

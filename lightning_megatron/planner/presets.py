@@ -55,7 +55,8 @@ MODELS: dict[str, GPTConfig] = {
     "megatron_22b": _megatron(48, 6144, 64),
     "megatron_530b": _megatron(105, 20480, 128),
     "megatron_1t": _megatron(128, 25600, 160),
-    "llama_1b": _llama(22, 2048, 32, 5632, groups=4, positions=2048),  # TinyLlama, arXiv:2401.02385
+    "llama_1b": _llama(16, 2048, 32, 8192, groups=8, rotary_base=500000.0),
+    "tinyllama_1b": _llama(22, 2048, 32, 5632, groups=4, positions=2048),  # arXiv:2401.02385
     "llama_7b": _llama(32, 4096, 32, 11008),
     "llama_13b": _llama(40, 5120, 40, 13824),
     "llama_70b": _llama(80, 8192, 64, 28672, groups=8),

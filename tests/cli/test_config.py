@@ -137,7 +137,7 @@ def test_a_wrong_answer_is_asked_again(
 def test_flags_answer_without_a_question(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "new" / "run.yaml"
     flags = "--yes --tp-degree 2 --pp-degree 2 --num-micro-batches 3 --num-gpus 8 --micro-batch-size 4 --lr 1e-4"
-    assert run("-o", str(output), *shlex.split(flags), "--model", "llama_1b", "--recompute-activations", "no") == 0
+    assert run("-o", str(output), *shlex.split(flags), "--model", "tinyllama_1b", "--recompute-activations", "no") == 0
     config = written(output)
     assert config["data"]["global_batch_size"] == 4 * 3 * 2
     assert config["data"]["seq_length"] == 2048

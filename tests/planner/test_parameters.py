@@ -17,7 +17,7 @@ from lightning_megatron.planner.parameters import balanced_stages, layers_per_ch
         ("gpt2_medium", 354_823_168),
         ("gpt2_large", 774_030_080),
         ("gpt2_xl", 1_557_611_200),
-        ("llama_1b", 1_100_048_384),
+        ("tinyllama_1b", 1_100_048_384),
         ("llama_7b", 6_738_415_616),
         ("llama_13b", 13_015_864_320),
         ("llama_70b", 68_976_648_192),
