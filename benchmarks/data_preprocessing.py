@@ -48,13 +48,15 @@ def seconds(command: list[str], environment: dict[str, str], log: Path) -> float
     return time.perf_counter() - started
 
 
-def compare(theirs: list[str], ours: list[str], corpus: Path, work: Path, repeats: int) -> float:
+def compare(commands: dict[str, list[str]], checkout: Path, corpus: Path, work: Path, repeats: int) -> float:
     """Print the rates of both commands and return how many times faster ours is."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    # The tools have to import their own checkout and not an installed megatron-core.
+    theirs_environment = environment | {"PYTHONPATH": str(checkout.resolve())}
     times: dict[str, list[float]] = {"theirs": [], "ours": []}
     for _ in range(repeats):
-        times["theirs"].append(seconds(theirs, environment, work / "theirs.log"))
-        times["ours"].append(seconds(ours, environment, work / "ours.log"))
+        times["theirs"].append(seconds(commands["theirs"], theirs_environment, work / "theirs.log"))
+        times["ours"].append(seconds(commands["ours"], environment, work / "ours.log"))
     for suffix in ("bin", "idx"):
         pair = [(work / f"{name}_text_document.{suffix}").read_bytes() for name in times]
         if pair[0] != pair[1]:
@@ -94,7 +96,7 @@ def main() -> None:
             ours = [sys.executable, "-c", OURS, str(corpus), str(work / "ours"), str(tokenizer)]
             ours += [str(args.workers), engine]
             print(f"{tool}, {size} MB, {args.workers} workers, {END_OF_TEXT} appended:")
-            compare(theirs, ours, corpus, work, args.repeats)
+            compare({"theirs": theirs, "ours": ours}, args.megatron_lm, corpus, work, args.repeats)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from lightning_megatron.data.preprocessing.encoding import (
 from lightning_megatron.data.preprocessing.resumable import Position, ResumableWriter, load_progress, save_progress
 from lightning_megatron.data.preprocessing.sentences import Splitter, sentence_splitter
 from lightning_megatron.data.preprocessing.sources import Block, blocks, documents, input_bytes
-from lightning_megatron.data.tokenizer import Tokenizer, end_of_document_id, load_tokenizer
+from lightning_megatron.data.tokenizer import Tokenizer, end_of_document_id, load_tokenizer, tokenizer_identity
 from lightning_megatron.errors import DataError
 
 _COMMIT_SECONDS = 5.0
@@ -207,9 +207,8 @@ def _first_texts(inputs: Sequence[PathLike], options: PreprocessOptions) -> list
 def _describe(inputs: Sequence[PathLike], tokenizer: Any, options: PreprocessOptions) -> str:
     """Names a job, so that only the same one is continued. How empty documents are treated may change on the way."""
     files = [(str(Path(path).resolve()), Path(path).stat().st_size, Path(path).stat().st_mtime_ns) for path in inputs]
-    vocabulary = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
     fields = {name: value for name, value in vars(options).items() if name not in ("empty_documents", "engine")}
-    text = json.dumps([files, vocabulary, fields], sort_keys=True)
+    text = json.dumps([files, tokenizer_identity(tokenizer), fields], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
