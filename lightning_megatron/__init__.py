@@ -52,7 +52,6 @@ _HOMES = {
 }
 _SUBPACKAGES = ("callbacks", "data", "generation", "planner")
 
-__all__ = [*_HOMES, *_SUBPACKAGES]  # pyright: ignore
 
 
 def __getattr__(name: str) -> Any:
@@ -64,7 +63,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_HOMES, *_SUBPACKAGES})
 
 
 register()
