@@ -26,6 +26,11 @@ def fingerprint(prefix: Path) -> dict[str, int]:
     return {"idx_bytes": index.st_size, "idx_mtime_ns": index.st_mtime_ns, "bin_bytes": bin_path(prefix).stat().st_size}
 
 
+def default_cache_dir(prefix: Path) -> Path:
+    """Directory beside a dataset for its index maps."""
+    return prefix.parent / f"{prefix.name}.index_maps"
+
+
 def digest(description: Mapping[str, Any]) -> str:
     """Short name of what `description` describes."""
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:24]

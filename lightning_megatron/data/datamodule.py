@@ -7,11 +7,15 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Dataset
 
+from lightning_megatron.data.bert import BertDataset, BertSamples
 from lightning_megatron.data.blend import SURPLUS, Blend, BlendedDataset, DataPath, SplitName, part_sizes, split_bounds
-from lightning_megatron.data.gpt import GPTDataset, GPTSamples, TokenLimits, default_cache_dir
+from lightning_megatron.data.cache import default_cache_dir
+from lightning_megatron.data.gpt import GPTDataset, GPTSamples, TokenLimits
 from lightning_megatron.data.indexed import IndexedDataset, PathLike, Reader
 from lightning_megatron.data.loader import Collate, GlobalBatchLoader
+from lightning_megatron.data.masked import Vocabulary
 from lightning_megatron.data.sampler import BatchRamp, GlobalBatchSampler
+from lightning_megatron.data.t5 import T5Dataset, T5Samples
 from lightning_megatron.data.tokenizer import Tokenizer, end_of_document_id, load_tokenizer
 from lightning_megatron.errors import DataError
 
@@ -63,6 +67,12 @@ class GlobalBatchDataModule(L.LightningDataModule):
         """Loader of the test split, or an empty list."""
         return self._loader("test")
 
+    @staticmethod
+    def splits_of(stage: str) -> tuple[SplitName, ...]:
+        """The splits that a stage of the Trainer reads."""
+        splits: dict[str, tuple[SplitName, ...]] = {"fit": ("train", "valid"), "validate": ("valid",)}
+        return splits.get(stage, ("test",))
+
     def _loader(self, split: SplitName) -> Any:
         dataset = self.datasets.get(split)
         if dataset is None:
@@ -106,6 +116,9 @@ class GlobalBatchDataModule(L.LightningDataModule):
         return samples + remaining * self.global_batch_size
 
 
+Objective = Literal["gpt", "bert", "t5"] | BertSamples | T5Samples
+
+
 class PretrainingData(GlobalBatchDataModule):
     """Pretraining samples from Megatron indexed datasets (`.bin/.idx`).
 
@@ -124,6 +137,9 @@ class PretrainingData(GlobalBatchDataModule):
         tokenizer: Directory, JSON file or object; needed for masks at document ends and to check the vocabulary.
         split: Proportions of train, validation and test documents. `splits_string` is the same.
         train_path, valid_path, test_path: Datasets of each split, in place of `data_path`.
+        objective: ``"gpt"``, ``"bert"`` or ``"t5"``, or :class:`BertSamples` or :class:`T5Samples` for more choice.
+            The last two need sentences as sequences and have the batch keys of :class:`BertDataset` and
+            :class:`T5Dataset`.
         reset_position_ids, reset_attention_mask, eod_mask_loss: See :class:`GPTSamples`.
         train_samples: Samples to draw for training, in place of what `max_steps` implies.
         vocab_size: Token ids at or above it are an error; the tokenizer's size by default.
@@ -147,6 +163,7 @@ class PretrainingData(GlobalBatchDataModule):
         train_path: DataPath | None = None,
         valid_path: DataPath | None = None,
         test_path: DataPath | None = None,
+        objective: Objective = "gpt",
         reset_position_ids: bool = False,
         reset_attention_mask: bool = False,
         eod_mask_loss: bool = False,
@@ -164,6 +181,12 @@ class PretrainingData(GlobalBatchDataModule):
         self.seq_length = seq_length
         self.split = split if splits_string is None else splits_string
         self.samples = GPTSamples(reset_position_ids, reset_attention_mask, eod_mask_loss)
+        named: dict[Any, BertSamples | T5Samples | None] = {"gpt": None, "bert": BertSamples(), "t5": T5Samples()}
+        if isinstance(objective, str) and objective not in named:
+            raise DataError(f"objective={objective!r} is not known: use one of {', '.join(named)}.")
+        self.objective = named[objective] if isinstance(objective, str) else objective
+        if self.objective is not None and tokenizer is None:
+            raise DataError(f"objective={objective!r} needs the tokenizer that made the data: give tokenizer=.")
         self.train_samples = train_samples
         self.reader: Reader = reader
         self.cache_dir = Path(cache_dir) if cache_dir is not None else None
@@ -190,9 +213,8 @@ class PretrainingData(GlobalBatchDataModule):
 
     def setup(self, stage: Literal["fit", "validate", "test", "predict"] | str) -> None:
         """Open the datasets that `stage` needs and build or load their index maps."""
-        needed: dict[str, tuple[SplitName, ...]] = {"fit": ("train", "valid"), "validate": ("valid",)}
         limits = self._limits()
-        for name in needed.get(stage, ("test",)):
+        for name in self.splits_of(stage):
             self.datasets[name] = self._build_split(name, limits)
 
     def _limits(self) -> TokenLimits:
@@ -244,19 +266,27 @@ class PretrainingData(GlobalBatchDataModule):
 
     def _build_part(
         self, prefix: Path, name: SplitName, size: int | None, limits: TokenLimits, *, whole: bool
-    ) -> GPTDataset | None:
+    ) -> GPTDataset | BertDataset | T5Dataset | None:
         dataset = IndexedDataset(prefix, self.reader)
-        sequences = range(len(dataset)) if whole else split_bounds(self.split, len(dataset))[name]
-        if not sequences:
+        # Megatron splits GPT's data by sequence, and by document what is made of sentences.
+        total = len(dataset) if self.objective is None else dataset.num_documents
+        elements = range(total) if whole else split_bounds(self.split, total)[name]
+        if not elements:
             return None
+        shared: dict[str, Any] = {"num_samples": size, "seed": self.seed, "cache_dir": self.cache_dir}
+        if isinstance(self.objective, BertSamples):
+            return BertDataset(dataset, elements, self.seq_length, self._vocabulary(), self.objective, **shared)
+        if isinstance(self.objective, T5Samples):
+            return T5Dataset(dataset, elements, self.seq_length, self._vocabulary(), self.objective, **shared)
         return GPTDataset(
             dataset,
-            sequences,
+            elements,
             self.seq_length,
-            num_samples=size,
-            seed=self.seed,
             samples=self.samples,
             limits=limits,
             keep_partial=name != "train",
-            cache_dir=self.cache_dir,
+            **shared,
         )
+
+    def _vocabulary(self) -> Vocabulary:
+        return Vocabulary.of(self.tokenizer)

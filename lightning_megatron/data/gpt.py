@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_megatron.data.cache import cached_maps, digest, fingerprint
+from lightning_megatron.data.cache import cached_maps, default_cache_dir, digest, fingerprint
 from lightning_megatron.data.indexed import IndexedDataset
 from lightning_megatron.errors import DataError
 
@@ -238,8 +238,3 @@ def build_maps(lengths: NDArray[np.int32], sequences: range, plan: EpochPlan, se
     if whole < plan.num_samples:
         random.shuffle(shuffle[whole:])
     return {"document": order, "sample": sample, "shuffle": shuffle}
-
-
-def default_cache_dir(prefix: Path) -> Path:
-    """Directory beside a dataset for its index maps."""
-    return prefix.parent / f"{prefix.name}.index_maps"

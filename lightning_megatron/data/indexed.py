@@ -219,11 +219,24 @@ class IndexedDatasetWriter:
     As a context manager: leaving the block normally finishes the dataset, an exception removes what was written, and
     a killed process leaves only ``*.partial`` files, which nothing reads.
 
+    Args:
+        prefix: Path without `.bin` and `.idx`.
+        dtype: Type of the token ids.
+        partial_suffix: Ending of the temporary names; the process id by default.
+        continued: Keep this many tokens of an earlier writer's temporary file.
+
     Raises:
         DataError: On any method: the disk is full, a token id does not fit `dtype`, a sequence exceeds 2**31-1 tokens.
     """
 
-    def __init__(self, prefix: PathLike, dtype: type[np.number[Any]] = np.int32) -> None:
+    def __init__(
+        self,
+        prefix: PathLike,
+        dtype: type[np.number[Any]] = np.int32,
+        *,
+        partial_suffix: str | None = None,
+        continued: int = 0,
+    ) -> None:
         self.prefix = Path(prefix)
         self.dtype = np.dtype(dtype)
         if self.dtype not in _CODES:
@@ -231,9 +244,13 @@ class IndexedDatasetWriter:
                 f"dtype {self.dtype} has no code in the .idx format: use one of {', '.join(map(str, _CODES))}."
             )
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._partial_bin = Path(f"{bin_path(prefix)}.{os.getpid()}.partial")
-        self._partial_idx = Path(f"{idx_path(prefix)}.{os.getpid()}.partial")
-        self._file: BinaryIO = self._partial_bin.open("wb")
+        suffix = partial_suffix or f"{os.getpid()}.partial"
+        self._partial_bin = Path(f"{bin_path(prefix)}.{suffix}")
+        self._partial_idx = Path(f"{idx_path(prefix)}.{suffix}")
+        self._file: BinaryIO = self._partial_bin.open("r+b" if continued else "wb")
+        if continued:
+            self._file.truncate(continued * self.dtype.itemsize)
+            self._file.seek(0, os.SEEK_END)
         self._lengths: list[NDArray[np.int32]] = []
         self._boundaries: list[NDArray[np.int64]] = [np.zeros(1, dtype=np.int64)]
         self.num_sequences = 0

@@ -119,7 +119,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
             self.epoch, self.start, self.start_batches = epoch, 0, 0
 
     def seek(self, consumed_samples: int, epoch: int = 0, batches: int | None = None) -> None:
-        """Begin after the first `consumed_samples` samples of `epoch`, which were `batches` batches if that is known."""
+        """Begin after the first `consumed_samples` samples of `epoch`; `batches` is how many batches they were."""
         if not 0 <= consumed_samples <= self.num_samples:
             raise DataError(
                 f"The checkpoint has consumed {consumed_samples} samples of an epoch, the data has {self.num_samples}: "

@@ -1,5 +1,7 @@
 """Tokenizers: training a byte-level BPE, loading what `transformers` or `tokenizers` saved; a unigram baseline."""
 
+import hashlib
+import json
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -117,6 +119,12 @@ def end_of_document_id(tokenizer: Any) -> int | None:
         if identifier is not None:
             return identifier
     return None
+
+
+def tokenizer_identity(tokenizer: Any) -> str:
+    """Names the ids that a tokenizer gives: a hash of its vocabulary and chat template."""
+    parts = [sorted(tokenizer.get_vocab().items()), getattr(tokenizer, "chat_template", None)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def unigram_perplexity(train_counts: Sequence[int] | NDArray[Any], tokens: Sequence[int] | NDArray[Any]) -> float:
