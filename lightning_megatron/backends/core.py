@@ -81,7 +81,9 @@ with _quiet_import():
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel.random import initialize_rng_tracker, model_parallel_cuda_manual_seed
     from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.attention import SelfAttention
     from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.mlp import MLP
     from megatron.core.transformer.module import Float16Module
     from megatron.core.transformer.module import MegatronModule as CoreModule
     from megatron.core.transformer.spec_utils import ModuleSpec
@@ -114,11 +116,13 @@ __all__ = [
     "FP32Optimizer",
     "Float16Module",
     "GPTModel",
+    "MLP",
     "MegatronOptimizer",
     "ModelType",
     "ModuleSpec",
     "OptimizerParamScheduler",
     "ProcessGroupCollection",
+    "SelfAttention",
     "ShardedObject",
     "ShardedTensor",
     "TransformerBlockSubmodules",
