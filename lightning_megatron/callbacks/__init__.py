@@ -1,5 +1,6 @@
 """Callbacks for Trainers with a MegatronStrategy."""
 
+from lightning_megatron.callbacks.sample_text import SampleText
 from lightning_megatron.callbacks.throughput import Throughput
 
-__all__ = ["Throughput"]
+__all__ = ["SampleText", "Throughput"]
