@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: N803, PLR0917  (Triton: constants in capitals, and everything is positional)
+# ruff: noqa: N803  (Triton: constants in capitals, and everything is positional)
 """The Triton kernel behind :class:`~lightning_megatron.backends.fused_adam.FusedAdam`."""
 
 from __future__ import annotations

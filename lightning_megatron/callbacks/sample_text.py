@@ -24,9 +24,7 @@ class SampleText(Callback):
         options: fields of :class:`~lightning_megatron.generation.GenerationConfig`.
     """
 
-    def __init__(
-        self, prompts: Sequence[str], tokenizer: Any = None, max_new_tokens: int = 40, **options: Any
-    ) -> None:
+    def __init__(self, prompts: Sequence[str], tokenizer: Any = None, max_new_tokens: int = 40, **options: Any) -> None:
         self._prompts = list(prompts)
         self._tokenizer = tokenizer
         self._options = {"max_new_tokens": max_new_tokens, **options}

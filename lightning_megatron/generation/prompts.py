@@ -59,7 +59,7 @@ def check_prompts(
         length = len(prompt)
         if length == 0:
             raise ValueError(f"Prompt {index} is empty. Give bos_token to generate from nothing.")
-        if not (0 <= min(prompt) and max(prompt) < vocab_size):
+        if not (min(prompt) >= 0 and max(prompt) < vocab_size):
             raise ValueError(
                 f"Prompt {index} holds tokens from {min(prompt)} to {max(prompt)}, but vocab_size={vocab_size}."
             )
