@@ -129,6 +129,22 @@ def test_gigatoken_overlooks_no_damage(tokenizer_dir: Path, tmp_path: Path) -> N
             preprocess([path], tmp_path / f"o{len(line)}", tokenizer_dir, options, workers=0)
 
 
+def test_special_tokens_of_the_tokenizer(jsonl: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.eos_token_id)]
+    )
+    plain, with_bos = (
+        preprocess([jsonl], tmp_path / f"{add}", tokenizer, PreprocessOptions(add_special_tokens=add), workers=0)[0]
+        for add in (False, True)
+    )
+    for index in range(10):
+        expected = [tokenizer.eos_token_id, *IndexedDataset(plain)[index]]
+        assert IndexedDataset(with_bos)[index].tolist() == expected
+
+
 class TestSentences:
     def test_sentences_become_sequences(
         self, jsonl: Path, texts: list[str], tokenizer_dir: Path, tmp_path: Path

@@ -57,6 +57,9 @@ class PreprocessOptions:
     append_eod: bool = False
     """End each document with the eos token (of BERT-like tokenizers: the separator)."""
 
+    add_special_tokens: bool = False
+    """Add what the tokenizer adds to a single text, such as a bos token before it."""
+
     split_sentences: bool = False
     """Make each sentence a sequence, for BERT."""
 
@@ -174,7 +177,7 @@ def _write(
 
 
 def _block_encoder(tokenizer: Any, options: PreprocessOptions, inputs: Sequence[PathLike]) -> BlockEncoder:
-    encode = bulk_encoder(tokenizer)
+    encode = bulk_encoder(tokenizer, add_special_tokens=options.add_special_tokens)
     encode_lines = None
     if options.engine == "gigatoken":
         fast = Gigatoken(tokenizer)
