@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from lightning_megatron.data.indexed import TokenArray
 from lightning_megatron.data.preprocessing.sentences import Split
 from lightning_megatron.data.preprocessing.sources import Block, Text, documents
+from lightning_megatron.data.preprocessing.words import RememberedWords
 from lightning_megatron.errors import DataError
 
 Engine = Literal["tokenizers", "gigatoken"]
@@ -139,6 +140,8 @@ def bulk_encoder(tokenizer: Any, *, add_special_tokens: bool = False) -> Encode:
     # A limit of length is for models that read one text at a time; here it would drop text.
     backend.no_truncation()
     backend.no_padding()
+    if not add_special_tokens and RememberedWords.fits(backend):
+        return RememberedWords(backend)
 
     def encode(texts: Sequence[str]) -> tuple[TokenArray, NDArray[np.int64]]:
         encodings = backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
