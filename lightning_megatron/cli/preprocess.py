@@ -34,6 +34,9 @@ def _add_preprocess(subparsers: Any) -> None:
     parser.add_argument("--tokenizer", required=True, help="directory or name for AutoTokenizer, or a tokenizer.json")
     parser.add_argument("--keys", "--json-keys", nargs="+", default=["text"], help="a dataset is made of each")
     parser.add_argument("--append-eod", action="store_true", help="end each document with the eos token")
+    parser.add_argument(
+        "--add-special-tokens", action="store_true", help="such as bos, as the tokenizer does for a text"
+    )
     parser.add_argument("--split-sentences", action="store_true", help="make each sentence a sequence, for BERT")
     parser.add_argument("--sentence-splitter", choices=["auto", "nltk", "simple"], default="auto")
     parser.add_argument("--language", default="english", help="of nltk's splitter")
@@ -51,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     commands = {"preprocess": _preprocess, "merge": _merge, "inspect": _inspect}
     try:
         commands[args.data_command](args, Console())
-    except DataError as error:
+    except (DataError, OSError) as error:  # such as an output that cannot be written
         Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_plain(str(error))}")
         return 1
     return 0
@@ -73,6 +76,7 @@ def _preprocess(args: argparse.Namespace, console: Any) -> None:
     options = PreprocessOptions(
         keys=tuple(args.keys),
         append_eod=args.append_eod,
+        add_special_tokens=args.add_special_tokens,
         split_sentences=args.split_sentences,
         sentence_splitter=args.sentence_splitter,
         language=args.language,
