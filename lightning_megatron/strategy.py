@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any, override
 
 import lightning.pytorch as pl
+import torch.distributed as dist
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lightning_megatron.backends import core, rng
-from lightning_megatron.checkpoint.io import ShardedCheckpoint
+from lightning_megatron.checkpoint.io import load, snapshot
+from lightning_megatron.checkpoint.publish import remove
+from lightning_megatron.checkpoint.run_state import RunState
+from lightning_megatron.checkpoint.together import Team
 from lightning_megatron.errors import LayoutError, ModuleError
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.models.transformer_config import BuildContext
@@ -104,6 +108,7 @@ class MegatronStrategy(DDPStrategy):
         self._replica: ReplicaGroups | None = None
         self._schedule: Schedule | None = None
         self._wrapped_for_training: list[Any] = []
+        self._checkpoint_team: Team | None = None
         # Gradient accumulation: tokens of the window's schedules so far, None before its first.
         self._window_tokens: Tensor | None = None
         self._more_to_accumulate = False
@@ -355,26 +360,40 @@ class MegatronStrategy(DDPStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         assert isinstance(self.lightning_module, MegatronModule)
         with self._gathered_weights():
-            self._sharded_checkpoint(with_optimizer="optimizer_states" in checkpoint).save(
-                Path(filepath), checkpoint, self.lightning_module.describe()
-            )
+            state = self._run_state(with_optimizer="optimizer_states" in checkpoint)
+            description = self.lightning_module.describe()
+            snapshot(Path(filepath), state, checkpoint, description, self.layout, self._team).write(self._team)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        assert isinstance(self.lightning_module, MegatronModule)
         with self._gathered_weights():
-            return self._sharded_checkpoint(with_optimizer=self._fitting).load(
-                Path(checkpoint_path), strict=self.lightning_module.strict_loading, weights_only=weights_only
+            return load(
+                Path(checkpoint_path),
+                self._run_state(with_optimizer=self.lightning_module.trainer.state.fn == TrainerFn.FITTING),
+                self.lightning_module.describe(),
+                self.layout,
+                self._team,
+                strict=self.lightning_module.strict_loading,
+                weights_only=weights_only,
             )
 
-    @property
-    def _fitting(self) -> bool:
-        return self.lightning_module is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+    @override
+    def remove_checkpoint(self, filepath: Any) -> None:
+        if self.is_global_zero:
+            remove(Path(filepath))
 
-    def _sharded_checkpoint(self, *, with_optimizer: bool) -> ShardedCheckpoint:
-        return ShardedCheckpoint(
+    @property
+    def _team(self) -> Team:
+        if self._checkpoint_team is None:
+            timeout = self._timeout or timedelta(minutes=10)
+            self._checkpoint_team = Team(dist.new_group(backend="gloo", timeout=timeout))
+        return self._checkpoint_team
+
+    def _run_state(self, *, with_optimizer: bool) -> RunState:
+        return RunState(
             [_unwrap(chunk) for chunk in self._chunks],
             self.megatron_optimizer if with_optimizer and self.optimizers else None,
-            self.layout,
             self.build_context.groups,
         )
 

@@ -59,7 +59,7 @@ if not torch.cuda.is_available():
 
 with _quiet_import():
     from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
-    from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+    from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -73,6 +73,7 @@ with _quiet_import():
     from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
     from megatron.core.optimizer import get_megatron_optimizer
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params as Float16Optimizer
     from megatron.core.optimizer.optimizer import FP32Optimizer, MegatronOptimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -111,6 +112,7 @@ __all__ = [
     "DistributedOptimizer",
     "FP32Optimizer",
     "Float16Module",
+    "Float16Optimizer",
     "GPTModel",
     "MegatronOptimizer",
     "ModelType",
@@ -119,6 +121,7 @@ __all__ = [
     "ProcessGroupCollection",
     "ShardedObject",
     "ShardedTensor",
+    "ShardedTensorFactory",
     "TransformerBlockSubmodules",
     "TransformerConfig",
     "TransformerLayer",
