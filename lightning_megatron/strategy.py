@@ -1,26 +1,24 @@
-"""MegatronStrategy: process groups, chunks, gradient buffers and checkpoints of a MegatronModule, in a stock Trainer."""
+"""MegatronStrategy: groups, chunks, gradient buffers and checkpoints of a MegatronModule, in a stock Trainer."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, override
 
 import lightning.pytorch as pl
-import torch.distributed as dist
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lightning_megatron.backends import core, rng
-from lightning_megatron.checkpoint.io import load, snapshot
-from lightning_megatron.checkpoint.publish import remove
+from lightning_megatron.checkpoint.io import load, load_weights, snapshot
 from lightning_megatron.checkpoint.run_state import RunState
-from lightning_megatron.checkpoint.together import Team
+from lightning_megatron.checkpoint.saver import CheckpointOptions, Saver
 from lightning_megatron.errors import LayoutError, ModuleError
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.models.transformer_config import BuildContext
@@ -47,6 +45,7 @@ class MegatronStrategy(DDPStrategy):
         overlap_grad_reduce: reduce gradients while the backward goes on.
         overlap_param_gather: gather updated weights while the forward goes on; needs the distributed optimizer.
         ddp: more fields of megatron-core's ``DistributedDataParallelConfig``.
+        checkpoint: how checkpoints are saved: in the background for instance.
         seed: of weights and dropout; ``None`` takes the seed of ``lightning.seed_everything``, else 1234.
         timeout: how long a collective waits for a rank that does not come.
         kwargs: of Lightning's ``DDPStrategy``, such as ``start_method``, ``process_group_backend`` or
@@ -73,6 +72,7 @@ class MegatronStrategy(DDPStrategy):
         overlap_grad_reduce: bool = False,
         overlap_param_gather: bool = False,
         ddp: Mapping[str, Any] | None = None,
+        checkpoint: CheckpointOptions | None = None,
         seed: int | None = None,
         timeout: timedelta = timedelta(minutes=10),
         **kwargs: Any,
@@ -108,7 +108,8 @@ class MegatronStrategy(DDPStrategy):
         self._replica: ReplicaGroups | None = None
         self._schedule: Schedule | None = None
         self._wrapped_for_training: list[Any] = []
-        self._checkpoint_team: Team | None = None
+        self._checkpoint_options = checkpoint or CheckpointOptions()
+        self._checkpoint_saver: Saver | None = None
         # Gradient accumulation: tokens of the window's schedules so far, None before its first.
         self._window_tokens: Tensor | None = None
         self._more_to_accumulate = False
@@ -164,7 +165,8 @@ class MegatronStrategy(DDPStrategy):
         if not model.automatic_optimization:
             raise ModuleError(
                 f"{type(model).__name__} sets automatic_optimization=False, but a pipeline schedule runs forward and "
-                "backward of all micro-batches by itself. Remove that line; override loss() to change what is optimised."
+                "backward of all micro-batches by itself. Remove that line; override loss() to change what is "
+                "optimised."
             )
         super().connect(model)
 
@@ -287,7 +289,14 @@ class MegatronStrategy(DDPStrategy):
     def process_dataloader(self, dataloader: object) -> object:
         assert self._replica is not None
         assert isinstance(self.lightning_module, MegatronModule)
-        return ReplicaDataLoader(dataloader, self._replica, self.lightning_module.prepare_batch)
+        module = self.lightning_module
+        return ReplicaDataLoader(
+            dataloader,
+            self._replica,
+            module.prepare_prompts if module.trainer.predicting else module.prepare_batch,
+            seed=self.build_context.seed,
+            first_epoch=module.current_epoch,
+        )
 
     # ---------------------------------------------------------------------------- steps
 
@@ -359,36 +368,59 @@ class MegatronStrategy(DDPStrategy):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         assert isinstance(self.lightning_module, MegatronModule)
-        with self._gathered_weights():
+        if not self._saver.ready():
+            return
+        with self.gathered_weights():
             state = self._run_state(with_optimizer="optimizer_states" in checkpoint)
             description = self.lightning_module.describe()
-            snapshot(Path(filepath), state, checkpoint, description, self.layout, self._team).write(self._team)
+            team = self._saver.team
+            self._saver.save(snapshot(Path(filepath), state, checkpoint, description, self.layout, team))
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         assert isinstance(self.lightning_module, MegatronModule)
-        with self._gathered_weights():
+        self._saver.wait()
+        with self.gathered_weights():
             return load(
                 Path(checkpoint_path),
                 self._run_state(with_optimizer=self.lightning_module.trainer.state.fn == TrainerFn.FITTING),
                 self.lightning_module.describe(),
                 self.layout,
-                self._team,
+                self._saver.team,
                 strict=self.lightning_module.strict_loading,
                 weights_only=weights_only,
             )
 
+    def load_weights(
+        self, path: str | Path, *, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
+    ) -> list[str]:
+        """Fill weights from a checkpoint and leave everything else as it is; from ``on_fit_start`` on.
+
+        Args:
+            include: patterns of names (``"decoder.*"``), of which a weight must match one.
+            exclude: patterns of which it must match none.
+
+        Returns:
+            The names of all weights that were filled.
+
+        Raises:
+            CheckpointError: a weight that was asked for is missing there or has another shape, or none was asked for.
+        """
+        assert isinstance(self.lightning_module, MegatronModule)
+        with self.gathered_weights():
+            state = self._run_state(with_optimizer=bool(self.optimizers))
+            description = self.lightning_module.describe()
+            return load_weights(Path(path), state, description, self._saver.team, include=include, exclude=exclude)
+
     @override
     def remove_checkpoint(self, filepath: Any) -> None:
-        if self.is_global_zero:
-            remove(Path(filepath))
+        self._saver.remove(Path(filepath))
 
     @property
-    def _team(self) -> Team:
-        if self._checkpoint_team is None:
-            timeout = self._timeout or timedelta(minutes=10)
-            self._checkpoint_team = Team(dist.new_group(backend="gloo", timeout=timeout))
-        return self._checkpoint_team
+    def _saver(self) -> Saver:
+        if self._checkpoint_saver is None:
+            self._checkpoint_saver = Saver(self._checkpoint_options, self._timeout or timedelta(minutes=10))
+        return self._checkpoint_saver
 
     def _run_state(self, *, with_optimizer: bool) -> RunState:
         return RunState(
@@ -398,8 +430,8 @@ class MegatronStrategy(DDPStrategy):
         )
 
     @contextmanager
-    def _gathered_weights(self) -> Iterator[None]:
-        """Weights that a forward would have gathered lazily are gathered before they are read or replaced."""
+    def gathered_weights(self) -> Iterator[None]:
+        """For whoever reads or replaces weights: what a forward would have gathered lazily is gathered before."""
         lazily = self._ddp_options["overlap_param_gather"] and self._wrapped_for_training
         for chunk in self._wrapped_for_training if lazily else ():
             chunk.disable_forward_pre_hook(param_sync=True)
@@ -418,6 +450,8 @@ class MegatronStrategy(DDPStrategy):
     @override
     def teardown(self) -> None:
         """Release the accelerator's own resources; groups and weights stay, since saving after a fit is legal."""
+        if self._checkpoint_saver is not None:
+            self._checkpoint_saver.finish()
         self.precision_plugin.teardown()
         assert self.accelerator is not None
         self.accelerator.teardown()

@@ -84,6 +84,7 @@ def parameter_states(optimizer: MegatronOptimizer) -> Iterator[ParameterState]:
 
 def _stepped(part: Any) -> Iterator[tuple[int, Tensor, Tensor, bool, int]]:
     """Group, parameter, what is stepped for it, whether that is a master copy, and where it starts."""
+    lists: tuple[tuple[Any, Any, bool], ...]
     if isinstance(part, DistributedOptimizer):
         lists = (
             (part.model_float16_groups, part.shard_fp32_from_float16_groups, True),

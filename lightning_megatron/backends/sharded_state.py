@@ -121,7 +121,9 @@ def _pieces(entry: Any) -> Iterator[Piece]:
 def _piece(tensor: Any, start: int | None = None) -> Piece:
     if start is None:
         if not tensor.data.is_contiguous():
-            raise NotImplementedError(f"{tensor.key} is split along an inner dimension, which checkpoints do not cover.")
+            raise NotImplementedError(
+                f"{tensor.key} is split along an inner dimension, which checkpoints do not cover."
+            )
         start = int(tensor.data.storage_offset())
     replica_id = tensor.replica_id if isinstance(tensor.replica_id, tuple) else (tensor.replica_id,)
     return Piece(

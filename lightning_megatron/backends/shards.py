@@ -63,8 +63,8 @@ class Shard:
 def boxes_of_range(shape: Sizes, start: int, end: int) -> Iterator[tuple[Box, int]]:
     """Cut the elements ``start`` to ``end`` of a flattened tensor into boxes; each with its first element's index.
 
-    The distributed optimizer gives every rank such a range. It is a partial row, whole rows and a partial row, and so on
-    in each dimension: at most ``2 * len(shape) - 1`` boxes.
+    The distributed optimizer gives every rank such a range. It is a partial row, whole rows and a partial row, and so
+    on in each dimension: at most ``2 * len(shape) - 1`` boxes.
     """
     if start >= end:
         return

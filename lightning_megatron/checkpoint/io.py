@@ -13,7 +13,9 @@ from __future__ import annotations
 import pickle
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from lightning_megatron.backends import optimizer_state, rng
 from lightning_megatron.checkpoint.metadata import CheckpointMetadata, FileSum, versions
 from lightning_megatron.checkpoint.names import Mismatch, shapes
 from lightning_megatron.checkpoint.publish import partial_path, publish, recover, remove, sync_files
-from lightning_megatron.checkpoint.run_state import MASTER, OPTIMIZER_PREFIX, RNG, RunState, Wanted
+from lightning_megatron.checkpoint.run_state import OPTIMIZER_PREFIX, RNG, RunState, Wanted
 from lightning_megatron.checkpoint.shard_files import (
     Outline,
     ShardFiles,
@@ -51,8 +53,13 @@ class Snapshot:
     tensors: Iterable[Tensor]
     outlines: Sequence[Sequence[Outline]]
     """What each rank writes, on rank 0."""
-    lightning: dict[str, Any]
+    lightning: bytes
+    """The Trainer's state, on rank 0."""
     metadata: CheckpointMetadata
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Snapshot:
+        """The same of other memory."""
+        return replace(self, tensors=tensors)
 
     def write(self, team: Team) -> None:
         """Write the checkpoint, which appears under its name when it is whole.
@@ -74,12 +81,11 @@ class Snapshot:
 
     def _complete(self, partial: Path, files: Sequence[WrittenFile]) -> None:
         write_index(partial, zip(files, self.outlines, strict=True))
-        torch.save(self.lightning, partial / LIGHTNING_FILE)
+        (partial / LIGHTNING_FILE).write_bytes(self.lightning)
         sums = {file.name: FileSum(file.size, file.crc32) for file in files}
         others = [path for path in sorted(partial.iterdir()) if path.name not in sums]
         sums |= {path.name: FileSum.of(path) for path in others}
-        metadata = self.metadata
-        CheckpointMetadata(metadata.model, metadata.layout, metadata.world_size, metadata.versions, sums).write(partial)
+        replace(self.metadata, files=sums).write(partial)
         sync_files(partial)
         publish(partial, self.path)
 
@@ -116,14 +122,22 @@ def snapshot(
     return Snapshot(
         path=path,
         tensors=[shards[index].tensor for index in mine],
-        outlines=[[outlines[rank][index] for index in share] for rank, share in enumerate(shares)] if team.first else [],
-        lightning=lightning,
+        outlines=[[outlines[rank][index] for index in share] for rank, share in enumerate(shares)]
+        if team.first
+        else [],
+        lightning=_pickled(lightning) if team.first else b"",
         metadata=CheckpointMetadata(model, layout.as_dict(), team.size, versions()),
     )
 
 
+def _pickled(lightning: dict[str, Any]) -> bytes:
+    buffer = BytesIO()
+    torch.save(lightning, buffer)
+    return buffer.getvalue()
+
+
 def _merge(reports: Sequence[tuple[dict[str, Any], dict[str, int]]]) -> dict[str, Any]:
-    """One account of the optimizer from all ranks': its facts, and the steps of parameters that differ from the rest."""
+    """One account of the optimizer from all ranks': its facts, and the steps of parameters that lag behind."""
     facts: dict[str, Any] = {}
     steps: dict[str, int] = {}
     for part, counts in reports:
@@ -181,6 +195,46 @@ def load(
     return lightning
 
 
+def load_weights(
+    path: Path,
+    state: RunState,
+    model: dict[str, Any],
+    team: Team,
+    *,
+    include: Sequence[str],
+    exclude: Sequence[str],
+) -> list[str]:
+    """Fill the weights whose names match a pattern of ``include`` and none of ``exclude``; their names, of all ranks.
+
+    Raises:
+        CheckpointError: a weight that was asked for is missing there or has another shape, or none was asked for.
+    """
+    what = f"Loading weights of {path}"
+    metadata, _, files = team.do(what, lambda: _open(path, None))
+
+    def asked_for(name: str) -> bool:
+        return any(fnmatchcase(name, p) for p in include) and not any(fnmatchcase(name, p) for p in exclude)
+
+    weights = [wanted for wanted in state.wanted_weights() if asked_for(wanted.shard.key)]
+    local = shapes(wanted.shard for wanted in weights)
+    everywhere = {name: shape for part in team.share(local) for name, shape in part.items()}
+    if not everywhere:
+        raise CheckpointError(f"No weight of the model matches {list(include)} without {list(exclude)}.")
+    saved = {name: shape for name, shape in files.shapes.items() if not name.startswith((OPTIMIZER_PREFIX, RNG))}
+    found = Mismatch.between(everywhere, saved, same_vocabulary=_same_vocabulary(metadata.model, model))
+    if found.missing or found.reshaped:
+        raise CheckpointError(found.describe(path))
+
+    def fill() -> None:
+        _fill(files, weights)
+        state.masters_from_weights()
+        _fill(files, (wanted for wanted in state.wanted_masters() if asked_for(wanted.sources[-1])))
+
+    with torch.no_grad():
+        team.do(what, fill)
+    return sorted(everywhere)
+
+
 def _open(path: Path, weights_only: bool | None) -> tuple[CheckpointMetadata, dict[str, Any], ShardFiles]:
     recover(path)
     metadata = CheckpointMetadata.read(path)
@@ -217,7 +271,9 @@ def _check_names(
     local = shapes(wanted.shard for wanted in (*weights, *moments))
     wanted = {name: shape for part in team.share(local) for name, shape in part.items()}
     # The state of an optimizer that this run lacks is no reason to refuse its weights.
-    prefixes = tuple({f"{OPTIMIZER_PREFIX}{name.split('.')[2]}." for name in wanted if name.startswith(OPTIMIZER_PREFIX)})
+    prefixes = tuple(
+        {f"{OPTIMIZER_PREFIX}{name.split('.')[2]}." for name in wanted if name.startswith(OPTIMIZER_PREFIX)}
+    )
     hidden = (OPTIMIZER_PREFIX, RNG)
     saved = {
         name: shape
@@ -241,7 +297,9 @@ def _fill(files: ShardFiles, all_wanted: Iterable[Wanted]) -> None:
             shard = wanted.shard
             copied = files.read(key, shard.box, shard.tensor)
             if copied < shard.box.numel and not shard.resizable:
-                raise CheckpointError(f"{files.directory} has only {copied} of the {shard.box.numel} elements of {key}.")
+                raise CheckpointError(
+                    f"{files.directory} has only {copied} of the {shard.box.numel} elements of {key}."
+                )
 
 
 def _random_states(files: ShardFiles, rank: int) -> dict[str, Tensor]:
@@ -251,6 +309,3 @@ def _random_states(files: ShardFiles, rank: int) -> dict[str, Tensor]:
         for key, chunks in files.chunks.items()
         if key.startswith(prefix)
     }
-
-
-__all__ = ["LIGHTNING_FILE", "MASTER", "Snapshot", "load", "snapshot"]

@@ -60,7 +60,9 @@ class Mismatch:
                 for name, there, here in self.reshaped[:_SHOWN]
             ]
             lines += _more(self.reshaped)
-        lines.append("Build the model with the configuration in its lightning_megatron.json, or load with strict=False.")
+        lines.append(
+            "Build the model with the configuration in its lightning_megatron.json, or load with strict=False."
+        )
         return "\n".join(lines)
 
 

@@ -11,8 +11,8 @@ import torch
 from lightning_megatron.backends import optimizer_state, rng
 from lightning_megatron.backends.core import ProcessGroupCollection
 from lightning_megatron.backends.optimizer_state import ParameterState
-from lightning_megatron.backends.shards import Box, Shard
 from lightning_megatron.backends.sharded_state import ModelState, Piece, model_state
+from lightning_megatron.backends.shards import Box, Shard
 from lightning_megatron.optim.optimizer import MegatronOptimizer
 
 OPTIMIZER_PREFIX = "optimizer.state."

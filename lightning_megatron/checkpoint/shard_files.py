@@ -91,7 +91,9 @@ def write_file(path: Path, tensors: Iterable[Tensor]) -> WrittenFile:
         summing = _Summing(file)
         for tensor in tensors:
             # torch.save writes all of a tensor's storage, and a shard may be a small view of a large buffer.
-            whole = tensor.device.type == "cpu" and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
+            whole = (
+                tensor.device.type == "cpu" and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
+            )
             staged = tensor.detach() if whole and tensor.is_contiguous() else tensor.detach().cpu().clone()
             torch.save(staged.contiguous(), summing)  # type: ignore[arg-type]
             ends.append(summing.size)
@@ -148,7 +150,9 @@ def write_index(directory: Path, files: Iterable[tuple[WrittenFile, Sequence[Out
                 tensor = TensorStorageMetadata(properties, torch.Size(outline.global_shape), [])
                 tensors[outline.key] = tensor
             offsets, sizes = torch.Size(outline.box.offsets), torch.Size(outline.box.sizes)
-            places[MetadataIndex(outline.key, offsets, len(tensor.chunks))] = _StorageInfo(file.name, start, end - start)
+            places[MetadataIndex(outline.key, offsets, len(tensor.chunks))] = _StorageInfo(
+                file.name, start, end - start
+            )
             tensor.chunks.append(ChunkStorageMetadata(offsets, sizes))
             start = end
     with open(directory / INDEX_FILE, "wb") as index:
@@ -166,13 +170,17 @@ class _IndexUnpickler(pickle.Unpickler):
 
     MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
     NAMES = frozenset(
-        ("Metadata", "MetadataIndex", "TensorStorageMetadata", "ChunkStorageMetadata", "BytesStorageMetadata")
-        + ("TensorProperties", "_MEM_FORMAT_ENCODING", "StorageMeta", "_StorageInfo", "_StoragePrefix")
+        (
+            *("Metadata", "MetadataIndex", "TensorStorageMetadata", "ChunkStorageMetadata", "BytesStorageMetadata"),
+            *("TensorProperties", "_MEM_FORMAT_ENCODING", "StorageMeta", "_StorageInfo", "_StoragePrefix"),
+        )
     )
     OTHERS = frozenset(
-        (("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"))
-        # Megatron-LM's own remarks in its indices.
-        + (("pathlib", "PosixPath"), ("pathlib", "Path"), ("pathlib._local", "PosixPath"))
+        (
+            *(("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")),
+            # Megatron-LM's own remarks in its indices.
+            *(("pathlib", "PosixPath"), ("pathlib", "Path"), ("pathlib._local", "PosixPath")),
+        )
     )
 
     def find_class(self, module: str, name: str) -> Any:

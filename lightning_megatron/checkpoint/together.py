@@ -14,7 +14,7 @@ from lightning_megatron.errors import CheckpointError
 
 @dataclass(frozen=True, slots=True)
 class Team:
-    """All ranks, over a gloo group that nothing but checkpoints uses, so that a thread may use it while others train."""
+    """All ranks, over a gloo group that only checkpoints use, so that a thread may use it while others train."""
 
     group: dist.ProcessGroup
 
