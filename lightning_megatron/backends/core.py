@@ -61,7 +61,7 @@ if not torch.cuda.is_available():
 
 with _quiet_import():
     from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
-    from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+    from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -75,6 +75,7 @@ with _quiet_import():
     from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
     from megatron.core.optimizer import get_megatron_optimizer
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params as Float16Optimizer
     from megatron.core.optimizer.optimizer import FP32Optimizer, MegatronOptimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -115,6 +116,7 @@ __all__ = [
     "DistributedOptimizer",
     "FP32Optimizer",
     "Float16Module",
+    "Float16Optimizer",
     "GPTModel",
     "MLP",
     "MegatronOptimizer",
@@ -125,6 +127,7 @@ __all__ = [
     "SelfAttention",
     "ShardedObject",
     "ShardedTensor",
+    "ShardedTensorFactory",
     "TransformerBlockSubmodules",
     "TransformerConfig",
     "TransformerLayer",

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from lightning_megatron.backends import distributed_optimizer
 from lightning_megatron.backends.core import (
     CoreOptimizerConfig,
     OptimizerParamScheduler,
@@ -66,7 +65,7 @@ class MegatronOptimizer(torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
-        """Empty: the strategy saves the sharded state itself."""
+        """Empty: the strategy saves the state in shards (:mod:`lightning_megatron.checkpoint`)."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
@@ -82,16 +81,6 @@ class MegatronOptimizer(torch.optim.Optimizer):
             "Parameters cannot join a Megatron optimizer later. Freeze them with requires_grad=False in "
             "configure_model, before the optimizer is built, and start a new fit to unfreeze them."
         )
-
-    def sharded_state_dict(self, model_state: dict[str, Any], *, is_loading: bool, metadata: dict[str, Any]) -> Any:
-        """The state as megatron-core's sharded tensors, to save or to be filled by a load."""
-        distributed_optimizer.initialise_state(self.core)
-        with distributed_optimizer.corrected(), cuda_type_names():
-            return self.core.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
-
-    def load_sharded_state(self, state: Any) -> None:
-        """Take over a state that :meth:`sharded_state_dict` described and a load filled."""
-        distributed_optimizer.load(self.core, state)
 
 
 class MegatronScheduler(torch.optim.lr_scheduler.LRScheduler):
