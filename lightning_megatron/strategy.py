@@ -384,7 +384,7 @@ class MegatronStrategy(DDPStrategy):
 
     @contextmanager
     def gathered_weights(self) -> Iterator[None]:
-        """For whoever reads or replaces weights: those that a forward would have gathered lazily are gathered before."""
+        """Around code that reads or replaces weights: gathers those that a forward would have gathered lazily."""
         lazily = self._ddp_options["overlap_param_gather"] and self._wrapped_for_training
         for chunk in self._wrapped_for_training if lazily else ():
             chunk.disable_forward_pre_hook(param_sync=True)

@@ -43,7 +43,7 @@ def generate(
         found: list[Generation] = []
         problem: Exception | None = None
         try:
-            if len(mine):
+            if mine:
                 share = [lists[index] for index in mine]
                 first = mine.start * config.num_return_sequences
                 found = engine.generate(share, config, rows=mine, on_tokens=_numbered_from(first, on_tokens))
