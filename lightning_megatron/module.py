@@ -158,10 +158,10 @@ class MegatronModule(pl.LightningModule):
 
     def _evaluate(self, name: str, batch: Batch) -> Tensor:
         result = self.strategy.run_schedule(batch, forward_only=True)
-        # Weighted by tokens, so that the epoch's loss is the mean over all of them. The result is the same on every
-        # rank already, so nothing is left to synchronise.
+        # Weighted by tokens, so that the epoch's loss is the mean over all of them. Each step's result is the same on
+        # every rank already; sync_dist only tells Lightning so.
         tokens = max(int(result.num_tokens), 1)
-        self.log(f"{name}_loss", result.loss, prog_bar=True, on_epoch=True, on_step=False, batch_size=tokens)
+        self.log(f"{name}_loss", result.loss, prog_bar=True, on_epoch=True, sync_dist=True, batch_size=tokens)
         self._log_metrics(f"{name}_", result)
         return result.loss
 

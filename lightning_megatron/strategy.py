@@ -1,4 +1,4 @@
-"""MegatronStrategy: process groups, chunks, gradient buffers and checkpoints of a MegatronModule, in a stock Trainer."""
+"""MegatronStrategy: groups, chunks, gradient buffers and checkpoints of a MegatronModule, in a stock Trainer."""
 
 from __future__ import annotations
 
@@ -159,7 +159,8 @@ class MegatronStrategy(DDPStrategy):
         if not model.automatic_optimization:
             raise ModuleError(
                 f"{type(model).__name__} sets automatic_optimization=False, but a pipeline schedule runs forward and "
-                "backward of all micro-batches by itself. Remove that line; override loss() to change what is optimised."
+                "backward of all micro-batches by itself. Remove that line; override loss() to change what is "
+                "optimised."
             )
         super().connect(model)
 
@@ -283,9 +284,12 @@ class MegatronStrategy(DDPStrategy):
         assert self._replica is not None
         assert isinstance(self.lightning_module, MegatronModule)
         module = self.lightning_module
-        predicting = module.trainer.state.fn == TrainerFn.PREDICTING
         return ReplicaDataLoader(
-            dataloader, self._replica, module.prepare_prompts if predicting else module.prepare_batch
+            dataloader,
+            self._replica,
+            module.prepare_prompts if module.trainer.predicting else module.prepare_batch,
+            seed=self.build_context.seed,
+            first_epoch=module.current_epoch,
         )
 
     # ---------------------------------------------------------------------------- steps

@@ -38,7 +38,9 @@ def _quiet_import() -> Iterator[None]:
 _NOISE = (
     r"full scope is deprecated",  # of a default of megatron-core's own
     r"MimoModelConfig is experimental",
-    r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed",  # the distributed optimizer's views
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 with torch 2.11
+    # The distributed optimizer's shards are views.
+    r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed",
 )
 _NOISE_ON_CPU = (r"When using (async grad allreduce|sequence parallelism) it is recommended to set the environment",)
 
