@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lightning_megatron.generation import Generation, GenerationConfig, GenerationError, NewTokens, megatron_generate
+from lightning_megatron.generation.gpt import GPTDecoder
 from tests.generation import reference
 from tests.helpers import quiet_trainer
 from tests.ranks import RankPool
@@ -199,6 +200,10 @@ BAD_CALLS: dict[str, tuple[Any, dict[str, Any], str]] = {
 }
 
 
+def _out_of_memory(*_: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nand so on")
+
+
 def _bad_calls(config: Any, whole: Any, strategy: dict[str, Any]) -> Any:
     module = reference.build(config, whole, strategy)
     messages = {}
@@ -215,9 +220,12 @@ def _bad_calls(config: Any, whole: Any, strategy: dict[str, Any]) -> Any:
     with pytest.raises(ValueError) as caught:
         next(module.stream([[1]], max_new_tokens=4, num_beams=2))
     messages["streamed beams"] = str(caught.value)
-    with pytest.raises(GenerationError) as oom:
-        module.generate([[1]], max_new_tokens=60, num_return_sequences=2**42, do_sample=True)
-    messages["memory"] = str(oom.value)
+    with pytest.MonkeyPatch.context() as patch:
+        if module.trainer.global_rank == 1:
+            patch.setattr(GPTDecoder, "allocate", _out_of_memory)
+        with pytest.raises(GenerationError) as caught_memory:
+            module.generate([[1]], max_new_tokens=60)
+    messages["memory"] = str(caught_memory.value)
     assert len(module.generate([[1]], max_new_tokens=3)[0].new_tokens) == 3  # and no rank is out of step
     return messages
 
@@ -232,7 +240,9 @@ def test_errors_on_every_rank(ranks: RankPool) -> None:
         assert "Ranks [0, 1] were given different prompts" in messages["disagreement"]
         assert "Prompt 0 is empty" in messages["one rank"]
         assert "num_beams=2" in messages["streamed beams"]
-        assert "GiB on each rank" in messages["memory"]
+        # 2 layers x keys and values x 32 wide x 60 slots x 4 bytes
+        assert "1 sequences of 60 tokens take 0.00 GiB on each rank" in messages["memory"]
+        assert messages["memory"].endswith("(CUDA out of memory. Tried to allocate)")
 
 
 # ------------------------------------------------------------------------------------------------- megatron_generate
