@@ -17,7 +17,7 @@ from lightning_megatron.models.config import GPTConfig
 
 
 class GPTDecoder:
-    """This rank's chunks of a :class:`~lightning_megatron.GPTModule`: a :class:`~lightning_megatron.generation.Decoder`.
+    """The :class:`~lightning_megatron.generation.Decoder` of a :class:`~lightning_megatron.GPTModule`.
 
     Raises:
         ModuleError: layers that decoding does not know.

@@ -26,7 +26,7 @@ class _Recorded:
 class GraphedDecoder:
     """A decoder whose passes over single new tokens are recorded once and replayed.
 
-    Recordings hold addresses of the cache and the weights; both stay while the sizes of a call stay, or shrink in slots.
+    Recordings hold addresses of the cache and the weights; both stay while calls have the same rows, and no more slots.
     """
 
     def __init__(self, decoder: Decoder) -> None:

@@ -127,7 +127,7 @@ class DecodingLayer:
         return self._row_parallel(self._projection, out)
 
     def _query_key_value(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``[rows, sequence, heads or groups, head_size]`` of this rank. Weights lie group by group: q.. k v, q.. k v."""
+        """``[rows, sequence, heads or groups, head_size]`` of this rank. Weights lie group by group: q.. k v."""
         mixed = F.linear(hidden, self._qkv.weight, self._qkv.bias)
         if self._ranks_per_group > 1:
             mixed = gather_columns(mixed, self._tp)

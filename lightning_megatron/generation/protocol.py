@@ -15,8 +15,8 @@ class Step:
     """Which positions a forward pass is about.
 
     Prompts stand at the left of their rows: token ``i`` of a row has position ``i`` and slot ``i`` of the cache, at any
-    length of the others. What is to the right of a shorter prompt is never seen: causality hides it from the prompt's own
-    tokens, and each new token overwrites one slot of it and sees none beyond.
+    length of the others. What is to the right of a shorter prompt is never seen: causality hides it from the prompt's
+    own tokens, and each new token overwrites one slot of it and sees none beyond.
     """
 
     positions: Tensor
@@ -39,7 +39,7 @@ class Step:
 class Decoder(Protocol):
     """This rank's chunks of one model, decoding. The engine drives it; a module's ``build_decoder`` makes it.
 
-    Chunk ``c`` of pipeline rank ``p`` is part ``c * pipeline_size + p`` of the model. What a part gives goes to the next.
+    Chunk ``c`` of pipeline rank ``p`` is part ``c * pipeline_size + p`` of the model; parts run in that order.
     """
 
     num_chunks: int

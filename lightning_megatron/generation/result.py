@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """One generated sequence."""
+class Generation(NamedTuple):
+    """One generated sequence. Not a dataclass, since Lightning's ``predict`` refuses frozen ones."""
 
     prompt: tuple[int, ...]
     """Token ids of the prompt, with the beginning-of-sequence token if one was added."""

@@ -116,10 +116,10 @@ def _gpt2(state: dict[str, Tensor]) -> dict[str, Tensor]:
         module, kind = ".".join(parts[3:-1]), parts[-1]
         if module not in names:
             continue
-        value = value.t() if value.dim() == 2 else value
+        weight = value.t() if value.dim() == 2 else value
         if module == "attn.c_attn":  # q q q q k k k k v v v v -> q k v, head by head
-            value = value.unflatten(0, (3, 4, -1)).transpose(0, 1).flatten(0, 2)
-        whole[f"decoder.layers.{parts[2]}.{names[module]}.{kind}"] = value.contiguous()
+            weight = weight.unflatten(0, (3, 4, -1)).transpose(0, 1).flatten(0, 2)
+        whole[f"decoder.layers.{parts[2]}.{names[module]}.{kind}"] = weight.contiguous()
     return whole
 
 
