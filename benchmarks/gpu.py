@@ -85,7 +85,7 @@ class Clock:
         event.record()
         self.events.append(event)
         count = len(self.events)
-        if count == WARM_UP:
+        if count == 2:  # after compilation, before graphs are captured
             torch.cuda.reset_peak_memory_stats()
         if self._profile_at == count:
             torch.cuda.synchronize()
@@ -106,11 +106,25 @@ class Clock:
 
 
 def _kernel_times(profiler: Any, steps: int) -> dict[str, Any]:
-    rows = sorted(profiler.key_averages(), key=lambda row: -row.self_device_time_total)
-    milliseconds = {row.key: (row.self_device_time_total / 1000 / steps, row.count // steps) for row in rows}
+    """Time in kernels, the share of the window in which any ran, and the kernels by name."""
+    total: dict[str, list[float]] = {}
+    spans = []
+    for event in profiler.profiler.kineto_results.events():
+        if event.device_type() == torch.autograd.DeviceType.CUDA:
+            row = total.setdefault(event.name(), [0.0, 0])
+            row[0] += event.duration_ns() / 1e6 / steps
+            row[1] += 1 / steps
+            spans.append((event.start_ns(), event.start_ns() + event.duration_ns()))
+    spans.sort()
+    busy, until = 0, spans[0][0]
+    for start, end in spans:
+        busy += max(0, end - max(start, until))
+        until = max(until, end)
+    rows = sorted(total.items(), key=lambda item: -item[1][0])
     return {
-        "kernel_ms": round(sum(ms for ms, _ in milliseconds.values()), 2),
-        "top": [f"{ms:8.3f} ms {count:5d} x {name[:100]}" for name, (ms, count) in list(milliseconds.items())[:40]],
+        "kernel_ms": round(sum(ms for ms, _ in total.values()), 2),
+        "busy": round(busy / (until - spans[0][0]), 4),
+        "top": [f"{ms:8.3f} ms {round(count):5d} x {name[:100]}" for name, (ms, count) in rows[:40]],
     }
 
 
@@ -183,6 +197,7 @@ def measure(variant: str, model: str, batch: int, steps: int, profile: bool) -> 
         "tokens_per_s": round(tokens),
         "mfu": round(tokens * flops_per_token(config) / PEAK, 4),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
         "loss": [round(losses[i], 4) for i in (0, 1, len(losses) // 2, -1)],
         "wall_s": round(time.time() - began, 1),
         **clock.kernels,

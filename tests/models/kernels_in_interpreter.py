@@ -68,6 +68,10 @@ for with_bias in (False, True):
     residual, x, bias = draw(130, 33), draw(130, 33), draw(33) if with_bias else None
     none = Dropout(0.0)
     close(triton_tiles.add_forward(residual, x, bias, none), reference.add_forward(residual, x, bias, none))
+    rows_arguments = (draw(33), bias, Norm(with_bias, 1e-5))
+    actual = triton_rows.add_norm_forward(residual, x, bias, none, *rows_arguments)
+    for a, e in zip(actual, reference.add_norm_forward(residual, x, bias, none, *rows_arguments), strict=True):
+        close(a, e)
     dx, sums = triton_tiles.add_backward(x, none)
     assert dx is x
     close(sums.sum(1), reference.add_backward(x, none)[1].sum(1), 1e-4)
@@ -79,6 +83,8 @@ for with_bias in (False, True):
     dx, sums = triton_tiles.add_backward(x, half)
     close(dx, x * kept)
     close(sums.sum(1)[0], (x * kept).sum(0)[None][0], 1e-4)
+    zero, one = torch.zeros_like(x), torch.ones_like(x)
+    close(triton_rows.add_norm_forward(zero, one, None, half, *rows_arguments)[0], kept)
     other = triton_tiles.add_forward(torch.zeros_like(x), torch.ones_like(x), None, Dropout(0.25, torch.tensor(77)))
     assert not torch.equal(kept, other)
 

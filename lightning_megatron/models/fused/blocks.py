@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from lightning_megatron.models.fused import ops
-from lightning_megatron.models.fused.linear import TensorParallel, column_gradients, weight_gradient
+from lightning_megatron.models.fused.linear import TensorParallel, WeightGradients, column_gradients
 from lightning_megatron.models.fused.types import Activation, Dropout, HeadLayout, Norm, Rotary
 
 
@@ -70,7 +70,8 @@ class AttentionInput(torch.autograd.Function):
         parallel = plan.parallel
         dqkv, bias_sums = ops.join_heads(dq, dk, dv, ctx.heads, ctx.rotary)
         dy, work = parallel.start_leave(dqkv.mm(weight))
-        dweight = None if y is None else weight_gradient(dqkv, parallel.enter(y), weight)
+        weights = WeightGradients()
+        dweight = None if y is None else weights.add(dqkv, parallel.enter(y), weight)
         if work is not None:
             work.wait()
         dx, sums, y_again = ops.norm_backward(
@@ -85,9 +86,10 @@ class AttentionInput(torch.autograd.Function):
             y is None,
         )
         if y_again is not None:
-            dweight = weight_gradient(dqkv, parallel.enter(y_again), weight)
+            dweight = weights.add(dqkv, parallel.enter(y_again), weight)
         dnorm_weight, dnorm_bias, _ = column_gradients(sums, [norm_weight, norm_bias, None])
         dbias = None if bias is None else column_gradients(bias_sums, [bias])[0]
+        weights.join()
         return dx.view(x.shape), dnorm_weight, dnorm_bias, dweight, dbias, None, None
 
 
@@ -109,8 +111,9 @@ class AttentionOutputAndMLP(torch.autograd.Function):
         first, second = Dropout(probability, seed, 0), Dropout(probability, seed, 1)
         attention_rows = attention.reshape(-1, attention.size(-1))
         projected = parallel.leave(linear(attention_rows, proj_weight))
-        middle = ops.add_forward(residual, projected, proj_bias, first)
-        y, mean, rstd = ops.norm_forward(middle.view(projected.shape), norm_weight, norm_bias, plan.norm)
+        middle, y, mean, rstd = ops.add_norm_forward(
+            residual, projected, proj_bias, first, norm_weight, norm_bias, plan.norm
+        )
         inner = linear(parallel.enter(y), fc1_weight, fc1_bias)
         active = ops.activation_forward(inner, plan.activation)
         out = ops.add_forward(middle, parallel.leave(linear(active, fc2_weight)), fc2_bias, second)
@@ -130,6 +133,7 @@ class AttentionOutputAndMLP(torch.autograd.Function):
         first, second = ctx.dropouts
         dout = dout.contiguous().view(-1, dout.size(-1))
 
+        weights = WeightGradients()
         dbias2 = None
         dmlp = dout
         if fc2_bias is not None or second.probability:
@@ -137,18 +141,18 @@ class AttentionOutputAndMLP(torch.autograd.Function):
             dbias2 = column_gradients(sums, [fc2_bias])[0]
         dmlp = parallel.enter(dmlp)
         dactive = dmlp.mm(fc2_weight)
-        dweight2 = weight_gradient(dmlp, active, fc2_weight)
+        dweight2 = weights.add(dmlp, active, fc2_weight)
         dinner, sums = ops.activation_backward(dactive, inner, plan.activation)
         dbias1 = None if fc1_bias is None else column_gradients(sums, [fc1_bias])[0]
         dy, work = parallel.start_leave(dinner.mm(fc1_weight))
-        dweight1 = None if y is None else weight_gradient(dinner, parallel.enter(y), fc1_weight)
+        dweight1 = None if y is None else weights.add(dinner, parallel.enter(y), fc1_weight)
         if work is not None:
             work.wait()
         dmiddle, sums, y_again = ops.norm_backward(
             dy, middle.view(dy.shape), norm_weight, norm_bias, mean, rstd, dout, plan.norm, y is None
         )
         if y_again is not None:
-            dweight1 = weight_gradient(dinner, parallel.enter(y_again), fc1_weight)
+            dweight1 = weights.add(dinner, parallel.enter(y_again), fc1_weight)
 
         # Without dropout, the column sums that the norm's backward added up are the projection's bias gradient.
         direct_bias = None if first.probability else proj_bias
@@ -159,7 +163,7 @@ class AttentionOutputAndMLP(torch.autograd.Function):
             dproj_bias = column_gradients(sums, [proj_bias])[0]
         dprojected = parallel.enter(dprojected)
         dattention = dprojected.mm(proj_weight)
-        dproj_weight = weight_gradient(dprojected, attention, proj_weight)
+        dproj_weight = weights.add(dprojected, attention, proj_weight)
         return (
             dmiddle.view(middle.shape), dattention.view(ctx.attention_shape), dproj_weight, dproj_bias, dnorm_weight,
             dnorm_bias, dweight1, dbias1, dweight2, dbias2, None, None,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_megatron.backends.core import ModuleSpec, TransformerConfig, TransformerLayer, tensor_parallel
 from lightning_megatron.models.fused.blocks import AttentionInput, AttentionOutputAndMLP, LayerPlan
+from lightning_megatron.models.fused.graph import LayerGraph
 from lightning_megatron.models.fused.linear import TensorParallel, UnfusedBackward, before_forward
 from lightning_megatron.models.fused.types import Activation, ActivationName, Norm
 
@@ -71,6 +72,20 @@ def reason_not_used(config: TransformerConfig) -> str | None:
     return None
 
 
+def reason_without_graphs(config: TransformerConfig) -> str | None:
+    """Why fused layers of this configuration run without CUDA graphs, in words; ``None`` if they are captured."""
+    for name, only in (
+        ("tensor_model_parallel_size", 1),
+        ("pipeline_model_parallel_size", 1),  # micro-batches in flight need memory of their own
+        ("context_parallel_size", 1),
+        ("recompute_granularity", None),
+        ("attention_dropout", 0.0),  # drawn from a generator that a graph cannot fork
+    ):
+        if getattr(config, name) != only:
+            return f"{name}={getattr(config, name)!r}"
+    return None
+
+
 class FusedTransformerLayer(TransformerLayer):
     """megatron-core's layer with another forward and backward.
 
@@ -85,6 +100,12 @@ class FusedTransformerLayer(TransformerLayer):
         if self._reason is not None and self.layer_number == 1:
             logger.warning("Transformer layers run unfused, because of %s.", self._reason)
         self._plan = None if self._reason is not None else self._make_plan()
+        self._graph: LayerGraph | None = None
+        reason = self._reason or reason_without_graphs(config)
+        if reason is None:
+            self._graph = LayerGraph(self._blocks, list(self.parameters()))
+        elif self.layer_number == 1 and torch.cuda.is_available():
+            logger.info("Transformer layers run without CUDA graphs, because of %s.", reason)
 
     def _make_plan(self) -> LayerPlan:
         config, attention = self.config, self.self_attention
@@ -137,19 +158,35 @@ class FusedTransformerLayer(TransformerLayer):
     def _forward_fused(
         self, x: Tensor, mask: Tensor | None, rotary_pos_emb: Tensor | None, attention_bias: Tensor | None
     ) -> Tensor:
-        attention, mlp, plan = self.self_attention, self.mlp, self._plan
-        qkv, proj, fc1, fc2 = attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2
-        norm1, norm2 = self.input_layernorm, self.pre_mlp_layernorm
-        before_forward([norm1, qkv, proj, norm2, fc1, fc2])
-        residual, query, key, value = AttentionInput.apply(
-            x.contiguous(), norm1.weight, _bias(norm1), qkv.weight, qkv.bias, rotary_pos_emb, plan
-        )
-        attended = self._attend(query, key, value, mask, attention_bias)
+        attention, mlp = self.self_attention, self.mlp
+        norms = [self.input_layernorm, self.pre_mlp_layernorm]
+        before_forward([*norms, attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2])
+        x = x.contiguous()
         seed = None
         if self.training and self.hidden_dropout > 0:
             # From the generator that is active: the same on all tensor-parallel ranks, unless sequence parallelism
             # has forked it, and again the same when megatron-core's checkpointing runs the layer a second time.
             seed = torch.randint(2**31 - 2, (), device=x.device)
+        self._others = (mask, rotary_pos_emb, attention_bias)
+        try:
+            plain = mask is None and attention_bias is None and self.training and x.is_cuda and torch.is_grad_enabled()
+            if self._graph is not None and plain and not torch.cuda.is_current_stream_capturing():
+                out = self._graph(x, seed, rotary_pos_emb)
+                if out is not None:
+                    return out
+            return self._blocks(x, seed)
+        finally:
+            self._others = (None, None, None)
+
+    def _blocks(self, x: Tensor, seed: Tensor | None) -> Tensor:
+        attention, mlp, plan = self.self_attention, self.mlp, self._plan
+        qkv, proj, fc1, fc2 = attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2
+        norm1, norm2 = self.input_layernorm, self.pre_mlp_layernorm
+        mask, angles, attention_bias = self._others
+        residual, query, key, value = AttentionInput.apply(
+            x, norm1.weight, _bias(norm1), qkv.weight, qkv.bias, angles, plan
+        )
+        attended = self._attend(query, key, value, mask, attention_bias)
         return AttentionOutputAndMLP.apply(
             residual, attended, proj.weight, proj.bias, norm2.weight, _bias(norm2), fc1.weight, fc1.bias, fc2.weight,
             fc2.bias, seed, plan,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -53,7 +54,7 @@ def main_grad_of(parameter: Tensor) -> Tensor | None:
     return main_grad
 
 
-def _handed_over(parameter: Tensor) -> Tensor:
+def handed_over(parameter: Tensor) -> Tensor:
     """What the backward returns for a parameter whose gradient is in ``main_grad`` already.
 
     megatron-core's DDP learns from its hook on the parameter's gradient that the gradient is ready, so there has to be
@@ -84,7 +85,40 @@ def weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
         main_grad.addmm_(dy.t(), x)
     else:
         main_grad.add_(dy.t().mm(x))
-    return _handed_over(weight)
+    return handed_over(weight)
+
+
+class WeightGradients:
+    """Weight gradients of one layer's backward, in a CUDA graph beside the chain of input gradients.
+
+    A matrix product seldom fills the device to its last wave; kernels of another stream fill the rest. Outside of a
+    graph the host would pay for it, so there everything runs in order.
+
+    The products of a layer are joined by :meth:`join` of the last block that adds one. Until then their operands are
+    held, so that no kernel of the main stream gets their memory.
+    """
+
+    stream: ClassVar[torch.cuda.Stream | None] = None
+    operands: ClassVar[list[Tensor]] = []
+    enabled: ClassVar[bool] = True
+
+    def add(self, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
+        """:func:`weight_gradient`, now or beside."""
+        if not (self.enabled and dy.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return weight_gradient(dy, x, weight)
+        cls = type(self)
+        cls.stream = cls.stream or torch.cuda.Stream()
+        cls.stream.wait_stream(torch.cuda.current_stream())
+        cls.operands += (dy, x)
+        with torch.cuda.stream(cls.stream):
+            return weight_gradient(dy, x, weight)
+
+    def join(self) -> None:
+        """Let the current stream wait for what was added."""
+        cls = type(self)
+        if cls.stream is not None and cls.operands:
+            torch.cuda.current_stream().wait_stream(cls.stream)
+            cls.operands.clear()
 
 
 def column_gradients(sums: Tensor, parameters: list[Tensor | None]) -> list[Tensor | None]:
@@ -99,7 +133,7 @@ def column_gradients(sums: Tensor, parameters: list[Tensor | None]) -> list[Tens
         buffers.append(buffer)
     ops.accumulate_sums(sums, buffers)
     return [
-        None if p is None else fresh[index].to(p.dtype) if index in fresh else _handed_over(p)
+        None if p is None else fresh[index].to(p.dtype) if index in fresh else handed_over(p)
         for index, p in enumerate(wanted)
     ]
 

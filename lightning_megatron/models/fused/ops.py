@@ -51,6 +51,20 @@ def add_forward(residual: Tensor, x: Tensor, bias: Tensor | None, dropout: Dropo
     return (triton_tiles if kernels_run_on(x) else reference).add_forward(residual, x, bias, dropout)
 
 
+def add_norm_forward(
+    residual: Tensor,
+    x: Tensor,
+    x_bias: Tensor | None,
+    dropout: Dropout,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Norm,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`reference.add_norm_forward`."""
+    module = triton_rows if kernels_run_on(x) else reference
+    return module.add_norm_forward(residual, x, x_bias, dropout, weight, bias, norm)
+
+
 def add_backward(dy: Tensor, dropout: Dropout) -> tuple[Tensor, Tensor]:
     """See :func:`reference.add_backward`."""
     return (triton_tiles if kernels_run_on(dy) else reference).add_backward(dy, dropout)

@@ -81,6 +81,20 @@ def add_forward(residual: Tensor, x: Tensor, bias: Tensor | None, dropout: Dropo
     return (residual.float() + values.view_as(residual)).to(residual.dtype)
 
 
+def add_norm_forward(
+    residual: Tensor,
+    x: Tensor,
+    x_bias: Tensor | None,
+    dropout: Dropout,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Norm,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``add_forward``, and what ``norm_forward`` returns for its result."""
+    added = add_forward(residual, x, x_bias, dropout)
+    return added, *norm_forward(added.view_as(x), weight, bias, norm)
+
+
 def add_backward(dy: Tensor, dropout: Dropout) -> tuple[Tensor, Tensor]:
     """Gradient of ``x`` in ``add_forward``, and its float32 column sums ``[1, 1, hidden]``, the bias's gradient."""
     if dropout.probability:

@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_megatron.models.fused.types import Norm
+from lightning_megatron.models.fused.types import Dropout, Norm
 
-_PROGRAMS_PER_SM = 4
-"""Programs of the norm's backward on each multiprocessor: enough loads in flight, few partial sums to add up."""
+_BACKWARD_PROGRAMS, _BACKWARD_ROWS, _BACKWARD_WARPS = 4, 2, 8
+"""Of the norm's backward: programs on each multiprocessor, rows at once and warps. Enough loads in flight, few sums."""
 
 
 def _block(width: int) -> tuple[int, int]:
@@ -27,7 +27,7 @@ def _block(width: int) -> tuple[int, int]:
 def _programs(rows: int, device: torch.device) -> int:
     if device.type != "cuda":  # interpreted
         return min(rows, 4)
-    return min(rows, _PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count)
+    return min(rows, _BACKWARD_PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @triton.jit
@@ -64,9 +64,64 @@ def norm_forward(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm) -> 
 
 
 @triton.jit
+def _add_norm_forward(
+    residual, x, x_bias, seed, stream, probability, weight, bias, added, y, mean, rstd, width, eps,
+    X_BIAS: tl.constexpr, DROPOUT: tl.constexpr, RMS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    offsets = row * width + columns
+    values = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
+    if X_BIAS:
+        values += tl.load(x_bias + columns, mask=inside, other=0.0).to(tl.float32)
+    if DROPOUT:
+        keep = tl.rand(tl.load(seed) + stream, offsets) >= probability
+        values = tl.where(keep, values / (1.0 - probability), 0.0)
+    values += tl.load(residual + offsets, mask=inside, other=0.0).to(tl.float32)
+    rounded = values.to(added.dtype.element_ty)
+    tl.store(added + offsets, rounded, mask=inside)
+    values = rounded.to(tl.float32)
+    average = 0.0
+    if not RMS:
+        average = tl.sum(values, 0) / width
+    centred = tl.where(inside, values - average, 0.0)
+    reciprocal = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / width + eps)
+    result = centred * reciprocal * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    if BIAS:
+        result += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + offsets, result.to(y.dtype.element_ty), mask=inside)
+    tl.store(mean + row, average)
+    tl.store(rstd + row, reciprocal)
+
+
+def add_norm_forward(
+    residual: Tensor,
+    x: Tensor,
+    x_bias: Tensor | None,
+    dropout: Dropout,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Norm,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, width = x.shape
+    added, y = torch.empty_like(residual), torch.empty_like(x)
+    mean, rstd = torch.empty(2, rows, device=x.device).unbind()
+    block, warps = _block(width)
+    _add_norm_forward[(rows,)](
+        residual, x, x if x_bias is None else x_bias, x if dropout.seed is None else dropout.seed, dropout.stream,
+        dropout.probability, weight, weight if bias is None else bias, added, y, mean, rstd, width, norm.eps,
+        X_BIAS=x_bias is not None, DROPOUT=dropout.probability > 0, RMS=norm.rms, BIAS=bias is not None, BLOCK=block,
+        num_warps=warps,
+    )  # fmt: skip
+    return added, y, mean, rstd
+
+
+@triton.jit
 def _norm_backward(
     dy, x, weight, bias, mean, rstd, dresidual, dx, y, sums, rows, width, rows_per_program,
-    RMS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, OUTPUT: tl.constexpr, BLOCK: tl.constexpr,
+    RMS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, OUTPUT: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
@@ -79,31 +134,34 @@ def _norm_backward(
     dbeta = tl.zeros([BLOCK], tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     first = program.to(tl.int64) * rows_per_program
-    for step in range(0, rows_per_program):
-        row = first + step
-        live = inside & (row < rows)
-        offsets = row * width + columns
+    for step in range(0, rows_per_program, ROWS):
+        row = first + step + tl.arange(0, ROWS)
+        here = (row < rows) & (row < first + rows_per_program)
+        live = here[:, None] & inside[None, :]
+        offsets = row[:, None] * width + columns[None, :]
         values = tl.load(x + offsets, mask=live, other=0.0).to(tl.float32)
         gradient = tl.load(dy + offsets, mask=live, other=0.0).to(tl.float32)
-        reciprocal = tl.load(rstd + row, mask=row < rows, other=0.0)
-        average = 0.0
+        reciprocal = tl.load(rstd + row, mask=here, other=0.0)[:, None]
+        if RMS:
+            normalised = values * reciprocal
+        else:
+            average = tl.load(mean + row, mask=here, other=0.0)[:, None]
+            normalised = tl.where(inside[None, :], (values - average) * reciprocal, 0.0)
+        scaled = gradient * gamma[None, :]
+        result = scaled - normalised * (tl.sum(scaled * normalised, 1) / width)[:, None]
         if not RMS:
-            average = tl.load(mean + row, mask=row < rows, other=0.0)
-        normalised = tl.where(inside, (values - average) * reciprocal, 0.0)
-        scaled = gradient * gamma
-        result = scaled - normalised * (tl.sum(scaled * normalised, 0) / width)
-        if not RMS:
-            result -= tl.sum(scaled, 0) / width
+            result -= (tl.sum(scaled, 1) / width)[:, None]
         result *= reciprocal
         if RESIDUAL:
             result += tl.load(dresidual + offsets, mask=live, other=0.0).to(tl.float32)
-        rounded = result.to(dx.dtype.element_ty)
+        rounded = tl.where(live, result, 0.0).to(dx.dtype.element_ty)
         tl.store(dx + offsets, rounded, mask=live)
         if OUTPUT:
-            tl.store(y + offsets, (normalised * gamma + beta).to(y.dtype.element_ty), mask=live)
-        dgamma += gradient * normalised
-        dbeta += gradient
-        total += rounded.to(tl.float32)
+            again = normalised * gamma[None, :] + beta[None, :]
+            tl.store(y + offsets, again.to(y.dtype.element_ty), mask=live)
+        dgamma += tl.sum(gradient * normalised, 0)
+        dbeta += tl.sum(gradient, 0)
+        total += tl.sum(rounded.to(tl.float32), 0)
     stride = tl.num_programs(0) * width
     where = sums + program * width + columns
     tl.store(where, dgamma, mask=inside)
@@ -128,11 +186,12 @@ def norm_backward(
     programs = _programs(rows, x.device)
     sums = torch.empty(3, programs, width, device=x.device)
     block, warps = _block(width)
+    at_once = _BACKWARD_ROWS if block <= 2048 else 1
     _norm_backward[(programs,)](
         dy, x, weight, weight if bias is None else bias, mean, rstd, dy if dresidual is None else dresidual, dx,
         dx if y is None else y, sums, rows, width, triton.cdiv(rows, programs),
-        RMS=norm.rms, BIAS=bias is not None, RESIDUAL=dresidual is not None, OUTPUT=with_output, BLOCK=block,
-        num_warps=warps,
+        RMS=norm.rms, BIAS=bias is not None, RESIDUAL=dresidual is not None, OUTPUT=with_output, ROWS=at_once,
+        BLOCK=block, num_warps=_BACKWARD_WARPS if block <= 2048 else warps,
     )  # fmt: skip
     return dx, sums, y
 
