@@ -52,8 +52,6 @@ _HOMES = {
 }
 _SUBPACKAGES = ("callbacks", "data", "generation", "planner")
 
-__all__ = [*_HOMES, *_SUBPACKAGES]  # pyright: ignore
-
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
@@ -64,7 +62,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_HOMES, *_SUBPACKAGES})
 
 
 register()

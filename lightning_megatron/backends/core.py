@@ -38,7 +38,9 @@ def _quiet_import() -> Iterator[None]:
 _NOISE = (
     r"full scope is deprecated",  # of a default of megatron-core's own
     r"MimoModelConfig is experimental",
-    r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed",  # the distributed optimizer's views
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 with torch 2.11
+    # The distributed optimizer's shards are views.
+    r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed",
 )
 _NOISE_ON_CPU = (r"When using (async grad allreduce|sequence parallelism) it is recommended to set the environment",)
 
@@ -79,7 +81,9 @@ with _quiet_import():
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel.random import initialize_rng_tracker, model_parallel_cuda_manual_seed
     from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.attention import SelfAttention
     from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.mlp import MLP
     from megatron.core.transformer.module import Float16Module
     from megatron.core.transformer.module import MegatronModule as CoreModule
     from megatron.core.transformer.spec_utils import ModuleSpec
@@ -112,11 +116,13 @@ __all__ = [
     "FP32Optimizer",
     "Float16Module",
     "GPTModel",
+    "MLP",
     "MegatronOptimizer",
     "ModelType",
     "ModuleSpec",
     "OptimizerParamScheduler",
     "ProcessGroupCollection",
+    "SelfAttention",
     "ShardedObject",
     "ShardedTensor",
     "TransformerBlockSubmodules",

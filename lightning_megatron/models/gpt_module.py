@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, override
+from typing import TYPE_CHECKING, Any, override
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from lightning_megatron.models.transformer_config import BuildContext, transform
 from lightning_megatron.module import MegatronModule
 from lightning_megatron.optim.config import OptimizerConfig
 from lightning_megatron.schedule import Loss
+
+if TYPE_CHECKING:
+    from lightning_megatron.generation import Decoder
 
 _IGNORED = -100
 
@@ -116,3 +119,9 @@ class GPTModule(MegatronModule):
     @override
     def describe(self) -> dict[str, Any]:
         return {"module": "GPTModule", "config": asdict(self.config)}
+
+    @override
+    def build_decoder(self) -> Decoder:
+        from lightning_megatron.generation.gpt import GPTDecoder
+
+        return GPTDecoder(self.chunks, self.config, self.strategy.build_context.groups)
