@@ -1,4 +1,4 @@
-# ruff: noqa: PLR0917  (the operands of an operation)
+
 # mypy: disable-error-code="no-untyped-def,override"
 """The two halves of a Transformer layer around its core attention, each one autograd node with its own backward.
 
@@ -55,7 +55,7 @@ class AttentionInput(torch.autograd.Function):
         y, mean, rstd = ops.norm_forward(rows, norm_weight, norm_bias, plan.norm)
         qkv = torch.nn.functional.linear(plan.parallel.enter(y), weight, bias)
         heads = plan.heads(len(qkv), x.size(1))
-        rotary = None if angles is None else Rotary(angles, plan.rotary_interleaved)
+        rotary = None if angles is None else Rotary.of(angles, plan.rotary_interleaved)
         ctx.save_for_backward(x, mean, rstd, y if plan.keep_norm_outputs else None)
         # Not through save_for_backward: parameters need their attributes, and no check against changes in place.
         ctx.parameters = (norm_weight, norm_bias, weight, bias)

@@ -61,8 +61,9 @@ def handed_over(parameter: Tensor) -> Tensor:
     one; it does not read it. A tied embedding asks for zeros, since autograd adds the embedding's gradient to it.
     """
     parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    make = torch.zeros_like if getattr(parameter, "zero_out_wgrad", False) else torch.empty_like
-    return make(parameter)
+    if getattr(parameter, "zero_out_wgrad", False):
+        return parameter.new_zeros(1).expand(parameter.shape)  # autograd adds to it out of place
+    return torch.empty_like(parameter)
 
 
 def weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:

@@ -1,4 +1,4 @@
-# ruff: noqa: PLR0917  (the operands of an operation)
+
 """The operations between matrix products: Triton kernels on CUDA, plain torch elsewhere, with the same signatures."""
 
 from __future__ import annotations

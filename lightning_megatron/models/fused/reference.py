@@ -1,4 +1,4 @@
-# ruff: noqa: PLR0917  (the operands of an operation)
+
 """What the Triton kernels compute, in plain torch: how the fused layers run on CPU, and what the kernels must equal.
 
 Activations are rows of tokens: ``[tokens, hidden]`` with ``tokens = sequence * batch``, sequence outermost.
@@ -154,18 +154,16 @@ def activation_backward(dy: Tensor, x: Tensor, activation: Activation) -> tuple[
 
 
 def _rotate(x: Tensor, rotary: Rotary, sign: float) -> Tensor:
-    """``[sequence, batch, heads, width]`` turned by angles ``[sequence, 1, 1, rotated width]`` (arXiv:2104.09864)."""
-    angles = rotary.angles.float()
-    width = angles.shape[-1]
-    turned, rest = x[..., :width].float(), x[..., width:]
+    """``[sequence, batch, heads, width]``, turned; ``sign=-1`` turns back."""
+    cos, sin = rotary.cos[:, None, None], sign * rotary.sin[:, None, None]
+    turned, rest = x[..., : rotary.width].float(), x[..., rotary.width :]
     if rotary.interleaved:
         even, odd = turned[..., ::2], turned[..., 1::2]
         partner = torch.stack((-odd, even), dim=-1).flatten(-2)
     else:
         first, second = turned.chunk(2, dim=-1)
         partner = torch.cat((-second, first), dim=-1)
-    turned = turned * angles.cos() + sign * partner * angles.sin()
-    return torch.cat((turned.to(x.dtype), rest), dim=-1)
+    return torch.cat(((turned * cos + partner * sin).to(x.dtype), rest), dim=-1)
 
 
 def split_heads(qkv: Tensor, heads: HeadLayout, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-# ruff: noqa: N803, PLR0917  (Triton: constants in capitals, and everything is positional)
+# ruff: noqa: N803  (Triton: constants in capitals, and everything is positional)
 # mypy: disable-error-code="no-untyped-def"
 """Triton kernels that work on whole rows: norms, and the statistics and gradient of the softmax.
 

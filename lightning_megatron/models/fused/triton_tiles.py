@@ -1,4 +1,4 @@
-# ruff: noqa: N803, PLR0917  (Triton: constants in capitals, and everything is positional)
+# ruff: noqa: N803  (Triton: constants in capitals, and everything is positional)
 # mypy: disable-error-code="no-untyped-def"
 """Triton kernels on tiles of rows and columns: everything between two matrix products that is not a norm.
 
@@ -191,7 +191,7 @@ def add_backward(dy: Tensor, dropout: Dropout) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def _turn(x, offsets, inside, channel, position, angles, turned, sign, INTERLEAVED: tl.constexpr):
+def _turn(x, offsets, inside, channel, position, cos, sin, turned, sign, INTERLEAVED: tl.constexpr):
     """Rows of one head turned by their positions' angles; ``offsets`` point at channel 0 of each row."""
     values = tl.load(x + offsets + channel, mask=inside, other=0.0).to(tl.float32)
     if INTERLEAVED:
@@ -203,14 +203,15 @@ def _turn(x, offsets, inside, channel, position, angles, turned, sign, INTERLEAV
         partner = tl.where(first, channel + half, channel - half)
     rotates = inside & (channel < turned)
     other = tl.load(x + offsets + partner, mask=rotates, other=0.0).to(tl.float32)
-    angle = tl.load(angles + position * turned + channel, mask=rotates, other=0.0)
-    result = values * tl.cos(angle) + tl.where(first, -sign, sign) * other * tl.sin(angle)
-    return tl.where(channel < turned, result, values)
+    table = position * turned + channel
+    cosine = tl.load(cos + table, mask=rotates, other=1.0)
+    sine = tl.load(sin + table, mask=rotates, other=0.0)
+    return values * cosine + tl.where(first, -sign, sign) * other * sine
 
 
 @triton.jit
 def _split_heads(
-    qkv, q, k, v, angles, rows, batch, groups, width, turned,
+    qkv, q, k, v, cos, sin, rows, batch, groups, width, turned,
     PER_GROUP: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
@@ -225,7 +226,7 @@ def _split_heads(
         values = tl.load(qkv + source + channel, mask=inside)
         tl.store(v + (row * groups + group) * width + channel, values, mask=inside)
     else:
-        result = _turn(qkv, source, inside, channel, position, angles, turned, 1.0, INTERLEAVED)
+        result = _turn(qkv, source, inside, channel, position, cos, sin, turned, 1.0, INTERLEAVED)
         if index == PER_GROUP:
             tl.store(k + (row * groups + group) * width + channel, result.to(k.dtype.element_ty), mask=inside)
         else:
@@ -238,7 +239,7 @@ def split_heads(qkv: Tensor, heads: HeadLayout, rotary: Rotary) -> tuple[Tensor,
     k, v = (qkv.new_empty(*heads.leading, heads.groups, heads.width) for _ in range(2))
     rows = 32
     _split_heads[(triton.cdiv(heads.tokens, rows), heads.groups * (heads.queries_per_group + 2))](
-        qkv, q, k, v, rotary.angles, heads.tokens, heads.batch, heads.groups, heads.width, rotary.angles.size(-1),
+        qkv, q, k, v, rotary.cos, rotary.sin, heads.tokens, heads.batch, heads.groups, heads.width, rotary.width,
         PER_GROUP=heads.queries_per_group, INTERLEAVED=rotary.interleaved, ROWS=rows,
         WIDTH=triton.next_power_of_2(heads.width),
     )  # fmt: skip
@@ -247,20 +248,20 @@ def split_heads(qkv: Tensor, heads: HeadLayout, rotary: Rotary) -> tuple[Tensor,
 
 @triton.jit
 def _joined(
-    x, sequence_stride, batch_stride, head_stride, head, row, batch, rows, channel, width, angles, turned,
+    x, sequence_stride, batch_stride, head_stride, head, row, batch, rows, channel, width, cos, sin, turned,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     inside = (row < rows) & (channel < width)
     offsets = (row // batch) * sequence_stride + (row % batch) * batch_stride + head.to(tl.int64) * head_stride
     if ROTARY:
-        return _turn(x, offsets, inside, channel, row // batch, angles, turned, -1.0, INTERLEAVED)
+        return _turn(x, offsets, inside, channel, row // batch, cos, sin, turned, -1.0, INTERLEAVED)
     else:
         return tl.load(x + offsets + channel, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _join_heads(
-    dq, dk, dv, dqkv, sums, angles,
+    dq, dk, dv, dqkv, sums, cos, sin,
     q_sequence, q_batch, q_head, k_sequence, k_batch, k_head, v_sequence, v_batch, v_head,
     rows, batch, groups, width, turned,
     PER_GROUP: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr,
@@ -276,14 +277,14 @@ def _join_heads(
     for first in range(0, CHUNK, ROWS):
         row = (chunk * CHUNK + first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         if index == PER_GROUP + 1:
-            result = _joined(dv, v_sequence, v_batch, v_head, group, row, batch, rows, channel, width, angles, turned,
+            result = _joined(dv, v_sequence, v_batch, v_head, group, row, batch, rows, channel, width, cos, sin, turned,
                              False, INTERLEAVED)  # fmt: skip
         elif index == PER_GROUP:
-            result = _joined(dk, k_sequence, k_batch, k_head, group, row, batch, rows, channel, width, angles, turned,
+            result = _joined(dk, k_sequence, k_batch, k_head, group, row, batch, rows, channel, width, cos, sin, turned,
                              ROTARY, INTERLEAVED)  # fmt: skip
         else:
             result = _joined(dq, q_sequence, q_batch, q_head, group * PER_GROUP + index, row, batch, rows, channel,
-                             width, angles, turned, ROTARY, INTERLEAVED)  # fmt: skip
+                             width, cos, sin, turned, ROTARY, INTERLEAVED)  # fmt: skip
         rounded = result.to(dqkv.dtype.element_ty)
         inside = (row < rows) & (channel < width)
         tl.store(dqkv + row * stride + head * width + channel, rounded, mask=inside)
@@ -301,9 +302,9 @@ def join_heads(dq: Tensor, dk: Tensor, dv: Tensor, heads: HeadLayout, rotary: Ro
     sums = torch.empty(1, chunks, columns, device=dq.device)
     width = triton.next_power_of_2(heads.width)
     _join_heads[(chunks, heads.groups * (heads.queries_per_group + 2))](
-        dq, dk, dv, dqkv, sums, sums if rotary is None else rotary.angles,
+        dq, dk, dv, dqkv, sums, *((sums, sums) if rotary is None else (rotary.cos, rotary.sin)),
         *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
-        heads.tokens, heads.batch, heads.groups, heads.width, 0 if rotary is None else rotary.angles.size(-1),
+        heads.tokens, heads.batch, heads.groups, heads.width, 0 if rotary is None else rotary.width,
         PER_GROUP=heads.queries_per_group, ROTARY=rotary is not None,
         INTERLEAVED=rotary is not None and rotary.interleaved, ROWS=max(2048 // width, 1), WIDTH=width, CHUNK=_CHUNK,
     )  # fmt: skip

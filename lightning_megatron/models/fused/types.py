@@ -60,9 +60,21 @@ class HeadLayout:
 
 @dataclass(frozen=True, slots=True)
 class Rotary:
-    """Rotary position embedding: the angle of each position and channel."""
+    """Rotary position embedding (arXiv:2104.09864): cosine and sine of the angle of each position and channel."""
 
-    angles: Tensor
-    """``[sequence, 1, 1, rotated width]``, float32."""
+    cos: Tensor
+    """``[sequence, rotated width]``, float32."""
+    sin: Tensor
     interleaved: bool
     """Pairs are neighbours, instead of halves apart."""
+
+    @property
+    def width(self) -> int:
+        """Channels of a head that turn; those after them stay."""
+        return self.cos.size(-1)
+
+    @classmethod
+    def of(cls, angles: Tensor, interleaved: bool) -> Rotary:
+        """From megatron-core's ``rotary_pos_emb``, ``[sequence, 1, 1, rotated width]``."""
+        flat = angles.detach().view(angles.size(0), -1).float()
+        return cls(flat.cos(), flat.sin(), interleaved)

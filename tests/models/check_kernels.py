@@ -1,6 +1,10 @@
-"""Run by ``test_fused_kernels.py`` with ``TRITON_INTERPRET=1``: each Triton kernel against torch, on CPU tensors."""
+"""Each Triton kernel of the fused layers against plain torch. Run by tests, in a process of its own:
+
+on CPU tensors with ``TRITON_INTERPRET=1``, where triton runs its kernels in Python, or with ``KERNEL_DEVICE=cuda``.
+"""
 
 import itertools
+import os
 
 import torch
 from triton.runtime import interpreter
@@ -17,8 +21,11 @@ def patch_for_numpy_2(tensor, scope):
     scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
 
-interpreter._patch_lang_tensor = patch_for_numpy_2
-generator = torch.Generator().manual_seed(0)
+device = os.environ.get("KERNEL_DEVICE", "cpu")
+if device == "cpu":
+    interpreter._patch_lang_tensor = patch_for_numpy_2
+torch.set_default_device(device)
+generator = torch.Generator(device).manual_seed(0)
 
 
 def draw(*shape):
@@ -90,10 +97,11 @@ for with_bias in (False, True):
 
 for per_group, interleaved, turned in itertools.product((1, 3), (False, True), (12, 8, None)):
     heads = HeadLayout(sequence=7, batch=3, groups=2, queries_per_group=per_group, width=12)
-    rotary = None if turned is None else Rotary(draw(7, 1, 1, turned), interleaved)
-    if rotary is not None:  # both halves of a pair turn by one angle
+    rotary = None
+    if turned is not None:  # both halves of a pair turn by one angle
         angle = draw(7, 1, 1, turned // 2)
-        rotary = Rotary(angle.repeat_interleave(2, -1) if interleaved else torch.cat([angle, angle], -1), interleaved)
+        angle = angle.repeat_interleave(2, -1) if interleaved else torch.cat([angle, angle], -1)
+        rotary = Rotary.of(angle, interleaved)
     qkv = draw(21, 2 * (per_group + 2) * 12)
     expected = reference.split_heads(qkv, heads, rotary)
     if rotary is not None:
