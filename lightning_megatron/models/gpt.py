@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lightning_megatron.backends.core import GPTModel
 from lightning_megatron.backends.core import TransformerConfig as CoreConfig
 from lightning_megatron.models.config import GPTConfig
+from lightning_megatron.models.fused import FusedLoss, TensorParallel
 from lightning_megatron.models.specs import gpt_block_spec
 from lightning_megatron.models.transformer_config import BuildContext, Stage
 
@@ -15,12 +18,14 @@ from lightning_megatron.models.transformer_config import BuildContext, Stage
 class GPTChunk(GPTModel):
     """One chunk of a GPT: all of it, or the layers of one (virtual) pipeline stage."""
 
-    def __init__(self, config: GPTConfig, core_config: CoreConfig, context: BuildContext, stage: Stage) -> None:
+    def __init__(
+        self, config: GPTConfig, core_config: CoreConfig, context: BuildContext, stage: Stage, *, fused: bool
+    ) -> None:
         padded = config.padded_vocab_size(context.layout.tensor_model_parallel_size)
         torch.manual_seed(context.seed)  # the first and the last stage draw the same tied embedding
         super().__init__(
             core_config,
-            gpt_block_spec(core_config, context.seed, stage.vp_stage),
+            gpt_block_spec(core_config, context.seed, stage.vp_stage, fused=fused),
             vocab_size=padded,
             max_sequence_length=config.max_position_embeddings,
             pre_process=stage.pre_process,
@@ -35,6 +40,16 @@ class GPTChunk(GPTModel):
         rank, ranks = context.groups.tp.rank(), context.groups.tp.size()
         columns = padded // ranks
         self._real_columns = min(max(config.vocab_size - rank * columns, 0), columns)
+        self._fused_loss = None
+        if fused:
+            parallel = TensorParallel(context.groups.tp, ranks, context.layout.sequence_parallel)
+            self._fused_loss = FusedLoss(config.vocab_size, padded, parallel)
+
+    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """As megatron-core's; with ``labels``, the loss of each token without ever holding all logits in float32."""
+        if labels is not None and self._fused_loss is not None:
+            kwargs["output_processor"] = self._fused_loss
+        return super().forward(*args, labels=labels, **kwargs)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Cross entropy of each token over the real vocabulary.

@@ -35,6 +35,9 @@ class GPTModule(MegatronModule):
     - ``text`` of ``sequence + 1`` tokens, as Megatron-LM's and Accelerate's datasets yield.
     """
 
+    fused: bool | None = None
+    """Run layers and loss as fused kernels (:mod:`lightning_megatron.models.fused`); ``None`` means on CUDA."""
+
     def __init__(self, config: GPTConfig, optimizer: OptimizerConfig | None = None) -> None:
         super().__init__(optimizer)
         self.config = config
@@ -42,7 +45,8 @@ class GPTModule(MegatronModule):
     @override
     def build_chunks(self, context: BuildContext) -> list[torch.nn.Module]:
         core_config = transformer_config(self.config, context)
-        return [GPTChunk(self.config, core_config, context, stage) for stage in context.stages]
+        fused = context.device.type == "cuda" if self.fused is None else self.fused
+        return [GPTChunk(self.config, core_config, context, stage, fused=fused) for stage in context.stages]
 
     @override
     def forward_step(self, chunk: torch.nn.Module, microbatch: dict[str, Any]) -> Tensor:

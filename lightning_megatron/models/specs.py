@@ -16,6 +16,7 @@ from lightning_megatron.backends.core import (
     get_transformer_layer_offset,
 )
 from lightning_megatron.models.attention import SDPACoreAttention
+from lightning_megatron.models.fused import FusedTransformerLayer
 
 
 class TorchNorm:
@@ -50,12 +51,19 @@ class SeededTransformerLayer(TransformerLayer):
         super().__init__(config, submodules, layer_number, **kwargs)
 
 
-def gpt_block_spec(config: TransformerConfig, seed: int, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The decoder layers of one chunk of a GPT."""
+class SeededFusedLayer(SeededTransformerLayer, FusedTransformerLayer):
+    """The same weights, run as fused blocks."""
+
+
+def gpt_block_spec(
+    config: TransformerConfig, seed: int, vp_stage: int | None = None, *, fused: bool = False
+) -> TransformerBlockSubmodules:
+    """The decoder layers of one chunk of a GPT. ``fused`` runs them as :mod:`lightning_megatron.models.fused` does."""
     submodules = get_gpt_layer_local_spec().submodules
     submodules.input_layernorm = TorchNorm
     submodules.pre_mlp_layernorm = TorchNorm
     submodules.self_attention.submodules.core_attention = SDPACoreAttention
-    layer = ModuleSpec(module=SeededTransformerLayer, submodules=submodules, params={"seed": seed})
+    module = SeededFusedLayer if fused else SeededTransformerLayer
+    layer = ModuleSpec(module=module, submodules=submodules, params={"seed": seed})
     count = get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=TorchNorm)
