@@ -76,7 +76,8 @@ class ParallelLayout:
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise LayoutError(
                 "sequence_parallel=True splits sequences over the tensor-parallel ranks, but "
-                "tensor_model_parallel_size=1. Set tensor_model_parallel_size to at least 2, or sequence_parallel=False."
+                "tensor_model_parallel_size=1. Set tensor_model_parallel_size to at least 2, or leave "
+                "sequence_parallel out."
             )
         uneven = (self.num_layers_in_first_pipeline_stage, self.num_layers_in_last_pipeline_stage)
         if any(size is not None for size in uneven):
@@ -113,7 +114,8 @@ class ParallelLayout:
                 f"The world size of {world_size} is not divisible by tensor_model_parallel_size="
                 f"{self.tensor_model_parallel_size} x pipeline_model_parallel_size={self.pipeline_model_parallel_size} "
                 f"x context_parallel_size={self.context_parallel_size} = {self.model_parallel_size}. Start a multiple "
-                f"of {self.model_parallel_size} processes (`Trainer(devices=..., num_nodes=...)`), or change the layout."
+                f"of {self.model_parallel_size} processes (`Trainer(devices=..., num_nodes=...)`), or change the "
+                "layout."
             )
         size = world_size // self.model_parallel_size
         experts = self.expert_model_parallel_size
@@ -171,8 +173,8 @@ class ParallelLayout:
             )
         if stages and layers % stages:
             raise LayoutError(
-                f"num_layers={num_layers} leaves {layers} layers for {stages} pipeline stages, which do not divide them "
-                f"evenly (pipeline_model_parallel_size={pp}). Choose another size, or set "
+                f"num_layers={num_layers} leaves {layers} layers for {stages} pipeline stages, which do not divide "
+                f"them evenly (pipeline_model_parallel_size={pp}). Choose another size, or set "
                 "num_layers_in_first_pipeline_stage and num_layers_in_last_pipeline_stage."
             )
         chunks = self.num_chunks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, override
 
 import lightning.pytorch as pl
@@ -16,6 +16,9 @@ from lightning_megatron.optim.config import OptimizerConfig
 from lightning_megatron.schedule import Batch, Loss, StepResult
 
 if TYPE_CHECKING:
+    from lightning_megatron.generation import Decoder, Generation, GenerationConfig, NewTokens
+    from lightning_megatron.generation.engine import Engine
+    from lightning_megatron.generation.prompts import Prompts
     from lightning_megatron.models.transformer_config import BuildContext
     from lightning_megatron.strategy import MegatronStrategy
 
@@ -43,6 +46,10 @@ class MegatronModule(pl.LightningModule):
         self.optimizer_config = optimizer or OptimizerConfig()
         self.chunks = torch.nn.ModuleList()
         self._built_in: BuildContext | None = None
+        self.generation_config: GenerationConfig | None = None
+        """What :meth:`predict_step` generates with."""
+        self._predicting: Engine | None = None
+        self._predicted_prompts = 0
 
     # ------------------------------------------------------------------ what a subclass says
 
@@ -155,10 +162,10 @@ class MegatronModule(pl.LightningModule):
 
     def _evaluate(self, name: str, batch: Batch) -> Tensor:
         result = self.strategy.run_schedule(batch, forward_only=True)
-        # Weighted by tokens, so that the epoch's loss is the mean over all of them. The result is the same on every
-        # rank already, so nothing is left to synchronise.
+        # Weighted by tokens, so that the epoch's loss is the mean over all of them. Each step's result is the same on
+        # every rank already; sync_dist only tells Lightning so.
         tokens = max(int(result.num_tokens), 1)
-        self.log(f"{name}_loss", result.loss, prog_bar=True, on_epoch=True, on_step=False, batch_size=tokens)
+        self.log(f"{name}_loss", result.loss, prog_bar=True, on_epoch=True, sync_dist=True, batch_size=tokens)
         self._log_metrics(f"{name}_", result)
         return result.loss
 
@@ -171,3 +178,91 @@ class MegatronModule(pl.LightningModule):
         norm = self.strategy.megatron_optimizer.grad_norm
         if norm is not None:
             self.log("grad_norm", torch.as_tensor(norm, dtype=torch.float32).reshape(()), batch_size=1)
+
+    # --------------------------------------------------------------------------- generation
+
+    def build_decoder(self) -> Decoder:
+        """This rank's chunks as :mod:`lightning_megatron.generation` drives them; override to make a model generate.
+
+        Raises:
+            ModuleError: a model that does not generate.
+        """
+        raise ModuleError(f"{type(self).__name__} does not generate. Override build_decoder to return a Decoder.")
+
+    def generate(
+        self,
+        prompts: Prompts,
+        config: GenerationConfig | None = None,
+        *,
+        on_tokens: Callable[[NewTokens], None] | None = None,
+        **options: Any,
+    ) -> list[Generation]:
+        """Generate after prompts, in the processes of a Trainer, after or inside fit, validate, test or predict.
+
+        Every rank calls this with the same arguments. Replicas share the prompts, and every rank gets all results.
+
+        Args:
+            prompts: lists of token ids, which may differ in length, or a tensor ``[batch, sequence]``.
+            config: how; ``options`` are its fields, given directly or instead.
+            on_tokens: called on each rank with the new tokens of its replica, step by step.
+
+        Returns:
+            ``num_return_sequences`` results for each prompt, in order.
+
+        Raises:
+            ValueError: options out of range, an empty prompt, or one too long; on every rank.
+            GenerationError: no memory for the keys and values; on every rank.
+        """
+        from lightning_megatron.generation import api
+
+        return api.generate(self, prompts, config, on_tokens=on_tokens, **options)
+
+    def stream(self, prompts: Prompts, config: GenerationConfig | None = None, **options: Any) -> Iterator[NewTokens]:
+        """As :meth:`generate`, but yield new tokens as they come. Every rank iterates to the end; replicas do the same.
+
+        Raises:
+            ValueError: as :meth:`generate`, and beams, which are known at the end only.
+        """
+        from lightning_megatron.generation import api
+
+        return api.stream(self, prompts, config, **options)
+
+    def prepare_prompts(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """``prompts`` as lists of token ids, from the batches that :meth:`predict_step` may get; where they are read.
+
+        Raises:
+            DataError: a batch without prompts.
+        """
+        from lightning_megatron.generation.prompts import of_batch
+
+        return {"prompts": of_batch(batch)}
+
+    @override
+    def on_predict_epoch_start(self) -> None:
+        self._predicting, self._predicted_prompts = None, 0
+
+    @override
+    def on_predict_epoch_end(self) -> None:
+        self._predicting = None
+
+    @override
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[Generation]:
+        """Generate after the prompts of a batch, as :attr:`generation_config` says.
+
+        Draws are numbered as the samples of a dataset that a distributed sampler deals out to the replicas in turn, so
+        that a prompt's text does not depend on the layout.
+
+        Raises:
+            ModuleError: no :attr:`generation_config`.
+        """
+        from lightning_megatron.generation import api
+
+        if self.generation_config is None:
+            raise ModuleError("Set module.generation_config = GenerationConfig(...) before trainer.predict.")
+        if self._predicting is None:
+            self._predicting = api.build_engine(self)
+        replicas, replica = self.strategy.data_parallel_size, self.strategy.data_parallel_rank
+        numbers = range(self._predicted_prompts, self._predicted_prompts + len(batch["prompts"]))
+        self._predicted_prompts = numbers.stop
+        rows = [number * replicas + replica for number in numbers]
+        return api.generate_on_replica(self._predicting, batch["prompts"], self.generation_config, rows)

@@ -63,11 +63,19 @@ class ReplicaDataLoader:
     """
 
     def __init__(
-        self, loader: Any, groups: ReplicaGroups, prepare: Callable[[Mapping[str, Any]], dict[str, Any]]
+        self,
+        loader: Any,
+        groups: ReplicaGroups,
+        prepare: Callable[[Mapping[str, Any]], dict[str, Any]],
+        *,
+        seed: int = 0,
+        first_epoch: int = 0,
     ) -> None:
         self.loader = loader
         self._groups = groups
         self._prepare = prepare
+        self._seed = seed
+        self._epoch = first_epoch - 1
         self._batches = 0
         self._resumed = 0
         self._to_drop = 0
@@ -76,18 +84,14 @@ class ReplicaDataLoader:
     def __len__(self) -> int:
         return len(self.loader)
 
-    # What Lightning looks at: to set the epoch of a sampler, and to track a dataset.
-    @property
-    def dataset(self) -> Any:
-        return self.loader.dataset
-
-    @property
-    def sampler(self) -> Any:
-        return getattr(self.loader, "sampler", None)
-
-    @property
-    def batch_sampler(self) -> Any:
-        return getattr(self.loader, "batch_sampler", None)
+    # Neither `sampler` nor `batch_sampler`, whose epoch Lightning would set to its count of epochs. That count goes up
+    # when max_steps ends a fit inside an epoch, and a run that resumes there would read the rest of another epoch.
+    def _set_epoch(self) -> None:
+        batch_sampler = getattr(self.loader, "batch_sampler", None)
+        samplers = (getattr(self.loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+        for sampler in {id(sampler): sampler for sampler in samplers}.values():
+            if callable(getattr(sampler, "set_epoch", None)):
+                sampler.set_epoch(self._epoch)
 
     # ----------------------------------------------------------------- position
 
@@ -111,7 +115,8 @@ class ReplicaDataLoader:
     def state_dict(self) -> dict[str, Any]:
         """The position, the same on every rank of every replica."""
         consumed = self.consumed_batches
-        state: dict[str, Any] = {"consumed_batches": consumed}
+        # The epoch under way, or the one before that which comes next.
+        state: dict[str, Any] = {"consumed_batches": consumed, "epoch": self._epoch if consumed else self._epoch + 1}
         if hasattr(self.loader, "state_after"):
             state["loader"] = self.loader.state_after(consumed)
         return state
@@ -119,6 +124,7 @@ class ReplicaDataLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at a position, in the epoch that is iterated next."""
         self._resumed = state["consumed_batches"]
+        self._epoch = state["epoch"] - 1
         if "loader" in state:
             self.loader.load_state_dict(state["loader"])
         else:
@@ -130,7 +136,9 @@ class ReplicaDataLoader:
         self._batches, self._resumed = self._resumed, 0
         drop, self._to_drop = self._to_drop, 0
         self._exhausted = False
-        source = islice(iter(self.loader), drop, None) if self._groups.reader else None
+        self._epoch += 1
+        self._set_epoch()
+        source = _with_own_generator(self.loader, drop, self._seed + self._epoch) if self._groups.reader else None
         exchange = _Exchange(self._groups) if self._groups.all is not None else None
         while True:
             batch, error = self._next(source)
@@ -153,6 +161,29 @@ class ReplicaDataLoader:
             return None, None
         except Exception as error:
             return None, error
+
+
+def _with_own_generator(loader: Any, drop: int, seed: int) -> Iterator[Any]:
+    """The batches of ``loader`` after the first ``drop``, read with a random state that the model never sees.
+
+    A DataLoader draws from torch's generator, at least a seed for its workers. On the reading rank alone that would
+    shift the generator from which, on a CPU, all tensor-parallel ranks must draw the same dropout masks. The seed is
+    that of the epoch, so that a resumed one has the order it had.
+    """
+    outer = torch.get_rng_state()
+    torch.manual_seed(seed)
+    batches = islice(iter(loader), drop, None)
+    while True:
+        try:
+            batch = next(batches, None)
+        finally:
+            inner = torch.get_rng_state()
+            torch.set_rng_state(outer)
+        if batch is None:
+            return
+        yield batch
+        outer = torch.get_rng_state()
+        torch.set_rng_state(inner)
 
 
 class _Exchange:

@@ -34,7 +34,7 @@ class Loss:
     num_tokens: torch.Tensor | int
     """How many of them, a whole number."""
     metrics: Mapping[str, torch.Tensor | tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    """Scalars to log. A pair is ``(sum, weight)``, averaged by weight; a single value is averaged over micro-batches."""
+    """Scalars to log: a pair ``(sum, weight)`` is averaged by weight, a single value over micro-batches."""
 
 
 @dataclass(frozen=True, slots=True)

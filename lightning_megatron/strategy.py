@@ -1,4 +1,4 @@
-"""MegatronStrategy: process groups, chunks, gradient buffers and checkpoints of a MegatronModule, in a stock Trainer."""
+"""MegatronStrategy: groups, chunks, gradient buffers and checkpoints of a MegatronModule, in a stock Trainer."""
 
 from __future__ import annotations
 
@@ -159,7 +159,8 @@ class MegatronStrategy(DDPStrategy):
         if not model.automatic_optimization:
             raise ModuleError(
                 f"{type(model).__name__} sets automatic_optimization=False, but a pipeline schedule runs forward and "
-                "backward of all micro-batches by itself. Remove that line; override loss() to change what is optimised."
+                "backward of all micro-batches by itself. Remove that line; override loss() to change what is "
+                "optimised."
             )
         super().connect(model)
 
@@ -282,7 +283,14 @@ class MegatronStrategy(DDPStrategy):
     def process_dataloader(self, dataloader: object) -> object:
         assert self._replica is not None
         assert isinstance(self.lightning_module, MegatronModule)
-        return ReplicaDataLoader(dataloader, self._replica, self.lightning_module.prepare_batch)
+        module = self.lightning_module
+        return ReplicaDataLoader(
+            dataloader,
+            self._replica,
+            module.prepare_prompts if module.trainer.predicting else module.prepare_batch,
+            seed=self.build_context.seed,
+            first_epoch=module.current_epoch,
+        )
 
     # ---------------------------------------------------------------------------- steps
 
@@ -354,14 +362,14 @@ class MegatronStrategy(DDPStrategy):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         assert isinstance(self.lightning_module, MegatronModule)
-        with self._gathered_weights():
+        with self.gathered_weights():
             self._sharded_checkpoint(with_optimizer="optimizer_states" in checkpoint).save(
                 Path(filepath), checkpoint, self.lightning_module.describe()
             )
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        with self._gathered_weights():
+        with self.gathered_weights():
             return self._sharded_checkpoint(with_optimizer=self._fitting).load(
                 Path(checkpoint_path), strict=self.lightning_module.strict_loading, weights_only=weights_only
             )
@@ -379,8 +387,8 @@ class MegatronStrategy(DDPStrategy):
         )
 
     @contextmanager
-    def _gathered_weights(self) -> Iterator[None]:
-        """Weights that a forward would have gathered lazily are gathered before they are read or replaced."""
+    def gathered_weights(self) -> Iterator[None]:
+        """For whoever reads or replaces weights: those that a forward would have gathered lazily are gathered before."""
         lazily = self._ddp_options["overlap_param_gather"] and self._wrapped_for_training
         for chunk in self._wrapped_for_training if lazily else ():
             chunk.disable_forward_pre_hook(param_sync=True)

@@ -119,7 +119,8 @@ def free_port() -> int:
 
 def _serve(connection: Connection, rank: int) -> None:
     # The handler prints where a rank hangs; Lightning's own handlers of other signals stay out of the way.
-    faulthandler.register(signal.SIGUSR2, file=open(_stack_file(os.getpid()), "w"), all_threads=True)
+    stacks = open(_stack_file(os.getpid()), "w")  # noqa: SIM115  (open as long as the process lives)
+    faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     while True:
         try:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import torch
 
-from lightning_megatron.backends import cpu
+from lightning_megatron.backends import cpu, kernels
 
 
 @contextmanager
@@ -38,7 +38,9 @@ def _quiet_import() -> Iterator[None]:
 _NOISE = (
     r"full scope is deprecated",  # of a default of megatron-core's own
     r"MimoModelConfig is experimental",
-    r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed",  # the distributed optimizer's views
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 with torch 2.11
+    # The distributed optimizer's shards are views.
+    r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed",
 )
 _NOISE_ON_CPU = (r"When using (async grad allreduce|sequence parallelism) it is recommended to set the environment",)
 
@@ -84,8 +86,9 @@ with _quiet_import():
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel.random import initialize_rng_tracker, model_parallel_cuda_manual_seed
     from megatron.core.transformer import TransformerConfig
-    from megatron.core.transformer.attention import CrossAttention, CrossAttentionSubmodules
+    from megatron.core.transformer.attention import CrossAttention, CrossAttentionSubmodules, SelfAttention
     from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.mlp import MLP
     from megatron.core.transformer.module import Float16Module
     from megatron.core.transformer.module import MegatronModule as CoreModule
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
@@ -103,6 +106,7 @@ with _quiet_import():
     from megatron.core.transformer.utils import sharded_state_dict_default
     from megatron.core.utils import divide, get_model_config
 
+kernels.install()
 for _logger in (gpt_model.logger, distributed_data_parallel.logger):
     _logger.addFilter(_WithoutNotices())
 for _message in _NOISE + (() if torch.cuda.is_available() else _NOISE_ON_CPU):
@@ -131,12 +135,14 @@ __all__ = [
     "GPTModel",
     "LanguageModelEmbedding",
     "LanguageModule",
+    "MLP",
     "MegatronOptimizer",
     "ModelType",
     "ModuleSpec",
     "OptimizerParamScheduler",
     "ProcessGroupCollection",
     "RotaryEmbedding",
+    "SelfAttention",
     "ShardedObject",
     "ShardedTensor",
     "ShardedTensorFactory",

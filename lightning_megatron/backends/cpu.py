@@ -101,10 +101,10 @@ class _CudaStandIn(types.ModuleType):
 
     synchronize = empty_cache = set_stream = set_device
 
-    def get_rng_state(self, *_: object) -> torch.Tensor:
+    def get_rng_state(self, device: object = None) -> torch.Tensor:
         return torch.get_rng_state()
 
-    def set_rng_state(self, state: torch.Tensor, *_: object) -> None:
+    def set_rng_state(self, state: torch.Tensor, device: object = None) -> None:
         torch.set_rng_state(state)
 
     def manual_seed(self, seed: int) -> None:

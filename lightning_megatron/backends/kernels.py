@@ -88,9 +88,9 @@ def clip_grad_by_total_norm_fp32(
     grads = [p.grad for p in with_grad if p.grad is not None]
     if not grads:
         return
-    wrong = {g.dtype for g in grads} - {torch.float32}
+    wrong = {g.dtype for g in grads} - {torch.float32, torch.bfloat16}
     if wrong:
-        raise TypeError(f"Gradients of {wrong} reached the clipping, which needs float32: keep main_grad in float32.")
+        raise TypeError(f"Gradients of {wrong} reached the clipping, which takes float32 and bfloat16.")
     if not isinstance(total_norm, Tensor):
         total_norm = torch.tensor([total_norm], dtype=torch.float32, device=grads[0].device)
     coefficient = (max_norm / (total_norm.to(grads[0].device) + 1.0e-6)).clamp(max=1.0)

@@ -44,7 +44,7 @@ class CheckpointMetadata:
         data = json.loads((directory / FILE).read_text())
         if data.get("format", 0) > FORMAT:
             raise CheckpointError(
-                f"{directory} has format {data['format']}, but this version of lightning_megatron reads up to {FORMAT}. "
-                "Upgrade lightning_megatron."
+                f"{directory} has format {data['format']}, but this version of lightning_megatron reads up to "
+                f"{FORMAT}. Upgrade lightning_megatron."
             )
         return cls(**data)

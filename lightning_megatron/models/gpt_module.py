@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, override
+from typing import TYPE_CHECKING, Any, override
 
 import torch
 from torch import Tensor
 
-from lightning_megatron.errors import DataError
+from lightning_megatron.errors import DataError, ModuleError
 from lightning_megatron.models.config import GPTConfig
 from lightning_megatron.models.gpt import GPTChunk, gpt_core_config
 from lightning_megatron.models.language_module import LanguageModelModule, ReturnLogits
@@ -17,6 +17,9 @@ from lightning_megatron.models.moe_metrics import ExpertMetrics
 from lightning_megatron.models.transformer_config import BuildContext
 from lightning_megatron.optim.config import OptimizerConfig
 from lightning_megatron.schedule import Batch, Loss
+
+if TYPE_CHECKING:
+    from lightning_megatron.generation import Decoder
 
 _IGNORED = -100
 
@@ -147,6 +150,14 @@ class GPTModule(LanguageModelModule):
     @override
     def describe(self) -> dict[str, Any]:
         return {"module": "GPTModule", "config": asdict(self.config)}
+
+    @override
+    def build_decoder(self) -> Decoder:
+        from lightning_megatron.generation.gpt import GPTDecoder
+
+        if self.config.position_embedding_type == "alibi":
+            raise ModuleError("Generation has no ALiBi yet: position_embedding_type='alibi' trains and evaluates only.")
+        return GPTDecoder(self.chunks, self.config, self.strategy.build_context.groups)
 
 
 def _hugging_face_form(batch: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, override
 
@@ -30,7 +30,8 @@ class LanguageModelModule(MegatronModule):
         return_logits: let ``validation_step`` and ``test_step`` return ``{"loss": ..., "logits": ...}``. Logits are
             ``[batch, sequence, vocabulary]`` for all samples of this data-parallel rank, gathered over tensor- and
             context-parallel ranks, without the padding of the vocabulary. They are on the ranks of the last pipeline
-            stage and ``None`` on others, or on all with ``"every_rank"``. ``predict_step`` always returns them.
+            stage and ``None`` on others, or on all with ``"every_rank"``. ``predict_step`` then returns the same instead of
+            generating.
         data_on_every_stage: give middle pipeline stages the batch too, for masks that every layer needs.
     """
 
@@ -54,8 +55,14 @@ class LanguageModelModule(MegatronModule):
     # --------------------------------------------------------------------- logits
 
     @override
-    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """The logits of a batch and its mean loss."""
+    def prepare_prompts(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return self.prepare_batch(batch) if self.return_logits else super().prepare_prompts(batch)
+
+    @override
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """With ``return_logits`` the logits of a batch and its mean loss; otherwise what is generated after prompts."""
+        if not self.return_logits:
+            return super().predict_step(batch, batch_idx, dataloader_idx)
         with self._logits() as logits:
             result = self.strategy.run_schedule(batch, forward_only=True)
         return {"loss": result.loss, "logits": self._spread(logits)}

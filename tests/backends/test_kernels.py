@@ -17,6 +17,15 @@ from lightning_megatron.backends.fused_adam import FusedAdam
 clip_grads = pytest.importorskip("megatron.core.optimizer.clip_grads")
 
 
+@pytest.fixture(autouse=True)
+def megatron_cores_own():
+    """Each test starts without the kernels, which importing `backends.core` has installed."""
+    kernels.uninstall()
+    yield
+    kernels.uninstall()
+    kernels.install()
+
+
 @pytest.fixture
 def process_group(tmp_path):
     """One gloo rank: the norm is reduced over a group."""
@@ -69,11 +78,15 @@ def test_clipping_equals_megatron_core(scale, as_tensor):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-7)
 
 
-def test_clipping_refuses_16_bit_gradients():
+def test_clipping_takes_bfloat16_and_refuses_float16():
     p = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
     p.grad = torch.ones_like(p)
-    with pytest.raises(TypeError, match="float32"):
-        kernels.clip_grad_by_total_norm_fp32([p], 1.0, 1.0)
+    kernels.clip_grad_by_total_norm_fp32([p], 1.0, 2.0)
+    assert p.grad.tolist() == [0.5, 0.5]
+    q = torch.nn.Parameter(torch.ones(2, dtype=torch.float16))
+    q.grad = torch.ones_like(q)
+    with pytest.raises(TypeError, match="bfloat16"):
+        kernels.clip_grad_by_total_norm_fp32([q], 1.0, 1.0)
 
 
 def test_copy_casts():

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import lightning_megatron as lm
+from lightning_megatron.models.language_module import LanguageModelModule
 from tests.helpers import Record, quiet_trainer
 
 Batch = dict[str, torch.Tensor]
@@ -55,9 +56,10 @@ def fit(make: Callable[[], lm.MegatronModule], batch: Batch, layout: dict[str, A
     return [record.losses, record.norms, {k: float(v) for k, v in trainer.logged_metrics.items()}]
 
 
-def evaluate(make: Callable[[], lm.MegatronModule], batch: Batch, layout: dict[str, Any]) -> Any:
+def evaluate(make: Callable[[], LanguageModelModule], batch: Batch, layout: dict[str, Any]) -> Any:
     """What ``predict`` returns for one batch; runs on every rank."""
     module = make()
+    module.return_logits = module.return_logits or True
     trainer = quiet_trainer(strategy(**layout), int(os.environ["WORLD_SIZE"]))
     return trainer.predict(module, Shared(module, batch, 1))[0]
 

@@ -1,0 +1,1 @@
+"""The command line: each module parses arguments and calls the library."""

@@ -1,0 +1,259 @@
+"""Hydra configurations of recipes: where they are, and one clear error for a name or a type that is wrong."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import lightning_megatron
+from lightning_megatron.errors import CheckpointError, DataError, LayoutError, ModuleError
+
+
+class ConfigurationError(ValueError):
+    """A configuration that names a field that does not exist, or gives it a value of another type."""
+
+
+_OURS = (ConfigurationError, LayoutError, ModuleError, DataError, CheckpointError)
+
+
+def conf_dir() -> Path:
+    """The directory of the configurations: inside an installed package, or beside it in a checkout."""
+    package = Path(lightning_megatron.__file__).parent
+    for directory in (package / "conf", package.parent / "conf"):
+        if (directory / "pretrain.yaml").is_file():
+            return directory
+    raise ConfigurationError(f"No conf/ with pretrain.yaml in {package} or beside it. Install the package again.")
+
+
+def recipe(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+    """``hydra.main`` on our configurations, which says of a mistake what is wrong and what is near.
+
+    A mistake in the configuration ends the process with exit code 2, before anything starts; an error of this package
+    (a layout, data, a checkpoint that does not fit) with 1. Both print one message, without a traceback.
+    """
+
+    def decorate(function: Callable[[DictConfig], None]) -> Callable[[], None]:
+        @functools.wraps(function)
+        def checked(config: DictConfig) -> None:
+            with _messages():
+                check(config)
+                function(config)
+
+        run = hydra.main(config_path=str(conf_dir()), config_name=config_name, version_base="1.3")(checked)
+
+        def main() -> None:
+            with _messages():
+                check_overrides(config_name, [argument for argument in sys.argv[1:] if _is_override(argument)])
+            run()
+
+        return main
+
+    return decorate
+
+
+def _is_override(argument: str) -> bool:
+    return "=" in argument and not argument.startswith("-")
+
+
+@contextmanager
+def _messages() -> Iterator[None]:
+    """End the process with a message for the errors that the user is to mend; SystemExit passes through Hydra."""
+    try:
+        yield
+    except Exception as error:
+        # Hydra wraps what an object that it makes raises: a ValueError there is about a field of the configuration.
+        kinds = (*_OURS, ValueError) if isinstance(error, InstantiationException) else _OURS
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, kinds):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        print(f"error: {cause}", file=sys.stderr, flush=True)
+        sys.exit(2 if isinstance(cause, ConfigurationError) else 1)
+
+
+# ------------------------------------------------------------------------------------------------------- overrides
+
+
+def compose(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """The configuration of a recipe with overrides, checked.
+
+    Raises:
+        ConfigurationError: a field, an option of a group, or a type that does not exist or fit.
+    """
+    check_overrides(config_name, overrides)
+    config = _compose(config_name, overrides)
+    check(config)
+    return config
+
+
+def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return hydra.compose(config_name, list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigurationError(str(error).strip()) from error
+
+
+def check_overrides(config_name: str, overrides: Sequence[str]) -> None:
+    """Raise :class:`ConfigurationError` for an override of a field or a choice of a group option that is not there."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise ConfigurationError(str(error).strip()) from error
+    groups = {path.name for path in conf_dir().iterdir() if path.is_dir()}
+    choices = [override for override in parsed if override.key_or_group in groups]
+    for override in choices:
+        _check_choice(override)
+    plain = [override for override in parsed if not (override.is_add() or override.is_force_add())]
+    names = None
+    for override in plain:
+        if override in choices or override.key_or_group.startswith("hydra"):
+            continue
+        names = names or list(_names(_compose(config_name, [str(choice.input_line) for choice in choices])))
+        if override.key_or_group not in names:
+            raise ConfigurationError(
+                f"There is no field {override.key_or_group!r}.{_nearest(override.key_or_group, names)} To add a field "
+                f"that Lightning's Trainer takes, write +{override.input_line}"
+            )
+
+
+def _check_choice(override: Override) -> None:
+    if override.is_sweep_override() or override.is_delete():
+        return
+    options = sorted(path.stem for path in (conf_dir() / override.key_or_group).glob("*.yaml"))
+    if override.value() not in options:
+        raise ConfigurationError(
+            f"{override.key_or_group}={override.value()} is none of {', '.join(options)}."
+            f"{_nearest(str(override.value()), options)}"
+        )
+
+
+def _names(node: Any, prefix: str = "") -> Iterator[str]:
+    for key, child in _children(node):
+        yield f"{prefix}{key}"
+        yield from _names(child, f"{prefix}{key}.")
+
+
+def _children(node: Any) -> Iterator[tuple[str, Any]]:
+    """Keys and values of a dict without resolving interpolations, which may need values that are not given yet."""
+    if isinstance(node, DictConfig) and not node._is_missing() and not node._is_none():
+        for key in node:
+            yield str(key), node._get_node(key)
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    # The last part alone decides when the group is right, since long common prefixes make everything near.
+    group, _, last = name.rpartition(".")
+    siblings = {other.rpartition(".")[2]: other for other in names if other.rpartition(".")[0] == group}
+    match = difflib.get_close_matches(last, list(siblings), n=1, cutoff=0.5)
+    if match:
+        return f" Did you mean {siblings[match[0]]!r}?"
+    anywhere = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f" Did you mean {anywhere[0]!r}?" if anywhere else ""
+
+
+# ------------------------------------------------------------------------------------------------------------ types
+
+
+def check(config: DictConfig) -> None:
+    """Raise :class:`ConfigurationError` if a node's ``_target_`` does not take a field, or not a value of its type."""
+    for path, node in _targets(config, ""):
+        target = _locate(node["_target_"], path)
+        hints, takes_any = _parameters(target)
+        for name in node:
+            field = f"{path}.{name}" if path else str(name)
+            if str(name).startswith("_"):
+                continue
+            if name not in hints and not takes_any:
+                near = _nearest(str(name), list(hints))
+                raise ConfigurationError(f"{node['_target_']} has no field {field!r}.{near}")
+            if OmegaConf.is_missing(node, name):
+                raise ConfigurationError(f"{field} has no value. Give it one: {field}=...")
+            value = _value(node, name, field)
+            if name in hints and not _fits(value, hints[name]):
+                raise ConfigurationError(f"{field}={value!r} is not of the type {_spell(hints[name])}.")
+
+
+def _value(node: DictConfig, name: Any, field: str) -> Any:
+    try:
+        return OmegaConf.to_object(node[name]) if OmegaConf.is_config(node[name]) else node[name]
+    except OmegaConfBaseException as error:
+        raise ConfigurationError(f"{field}: {str(error).splitlines()[0]}") from error
+
+
+def _targets(node: Any, path: str) -> Iterator[tuple[str, DictConfig]]:
+    if isinstance(node, DictConfig):
+        if "_target_" in node:
+            yield path, node
+        for key, child in _children(node):
+            yield from _targets(child, f"{path}.{key}" if path else key)
+
+
+def _locate(name: str, path: str) -> Any:
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigurationError(f"{path}._target_={name!r} cannot be imported: {error}") from error
+
+
+def _parameters(target: Any) -> tuple[dict[str, Any], bool]:
+    """Type by name of what ``target`` takes, and whether it takes any other name too."""
+    if is_dataclass(target):
+        hints = typing.get_type_hints(target)
+        return {field.name: hints[field.name] for field in fields(target)}, False
+    function = target.__init__ if inspect.isclass(target) else target
+    parameters = inspect.signature(function).parameters
+    try:
+        hints = typing.get_type_hints(function)
+    except (NameError, TypeError):  # annotations that only a type checker can import
+        hints = {}
+    named = {name: hints.get(name, Any) for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
+    named.pop("self", None)
+    return named, any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of YAML's types can be one of ``hint``; types that YAML cannot express fit anything."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in typing.get_args(hint))
+    if origin is typing.Literal:
+        return value in typing.get_args(hint)
+    if hint is type(None) or hint is None:
+        return value is None
+    if hint is bool:
+        return isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is str:
+        return isinstance(value, str)
+    if inspect.isclass(hint) and hint.__module__ == "pathlib":
+        return isinstance(value, str)
+    return True
+
+
+def _spell(hint: Any) -> str:
+    return hint.__name__ if inspect.isclass(hint) else str(hint).replace("typing.", "")

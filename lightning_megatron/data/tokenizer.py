@@ -1,0 +1,145 @@
+"""Tokenizers: training a byte-level BPE, loading what `transformers` or `tokenizers` saved; a unigram baseline."""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_megatron.data.indexed import PathLike
+from lightning_megatron.errors import DataError
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Tokenizer(Protocol):
+    """What this package asks of a Hugging Face tokenizer."""
+
+    eos_token_id: int | None
+    pad_token_id: int | None
+
+    def __len__(self) -> int: ...
+
+    def decode(self, token_ids: Any, **kwargs: Any) -> str: ...
+
+
+def train_byte_level_bpe(documents: Iterable[str], vocab_size: int, directory: PathLike) -> Path:
+    """Train a byte-level BPE (GPT-2's kind) and save it so that `AutoTokenizer.from_pretrained(directory)` loads it.
+
+    Args:
+        documents: Texts to learn from.
+        vocab_size: Size of the vocabulary, with 256 bytes and ``<|endoftext|>``, which is the eos, bos and unknown
+            token.
+        directory: Where to save; created if it is not there.
+
+    Returns:
+        The directory.
+
+    Raises:
+        DataError: `vocab_size` below 257.
+    """
+    from tokenizers import Tokenizer as BackendTokenizer
+    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if vocab_size < 257:
+        raise DataError(
+            f"vocab_size={vocab_size} is too small for byte-level BPE: 256 bytes and {END_OF_TEXT} need 257."
+        )
+    backend = BackendTokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(documents, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, unk_token=END_OF_TEXT
+    )
+    path = Path(directory)
+    path.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def load_tokenizer(source: PathLike | Tokenizer) -> Any:
+    """A tokenizer from an `AutoTokenizer` directory or name, a `tokenizers` JSON file, or itself if it is one already.
+
+    Raises:
+        DataError: Nothing that can be loaded is there.
+    """
+    if not isinstance(source, (str, os.PathLike)):
+        return source
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    path = Path(source)
+    try:
+        if path.is_file():
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
+            _adopt_special_tokens(tokenizer)
+            return tokenizer
+        return AutoTokenizer.from_pretrained(os.fspath(source))
+    except Exception as error:  # transformers and tokenizers raise many kinds, some of them plain Exception
+        raise DataError(
+            f"No tokenizer could be loaded from {os.fspath(source)!r} ({type(error).__name__}: {error}). Give a "
+            "directory that `save_pretrained` wrote, a tokenizer.json, or a name that transformers knows."
+        ) from error
+
+
+def _adopt_special_tokens(tokenizer: Any) -> None:
+    """Give a bare `tokenizers` JSON, which names no roles, the end and padding tokens that it evidently has."""
+    vocabulary = tokenizer.get_vocab()
+    roles = {
+        "eos_token": (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>"),
+        "pad_token": ("<pad>", "[PAD]", "<|padding|>"),
+        "cls_token": ("[CLS]",),
+        "sep_token": ("[SEP]",),
+        "mask_token": ("[MASK]", "<mask>"),
+        "unk_token": ("[UNK]", "<unk>"),
+    }
+    for role, candidates in roles.items():
+        known = next((token for token in candidates if token in vocabulary), None)
+        if getattr(tokenizer, role) is None and known is not None:
+            setattr(tokenizer, role, known)
+
+
+def end_of_document_id(tokenizer: Any) -> int | None:
+    """Id that separates documents: the eos token, or the separator of BERT-like tokenizers; None if it has neither."""
+    for name in ("eos_token_id", "sep_token_id"):
+        identifier: int | None = getattr(tokenizer, name)
+        if identifier is not None:
+            return identifier
+    return None
+
+
+def tokenizer_identity(tokenizer: Any) -> str:
+    """Names the ids that a tokenizer gives: a hash of its vocabulary and chat template."""
+    parts = [sorted(tokenizer.get_vocab().items()), getattr(tokenizer, "chat_template", None)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def unigram_perplexity(train_counts: Sequence[int] | NDArray[Any], tokens: Sequence[int] | NDArray[Any]) -> float:
+    """Perplexity of a model that knows only how often each token occurs: the baseline to beat.
+
+    Args:
+        train_counts: `[vocab_size]` occurrences in the training text; each gets one more (Laplace smoothing).
+        tokens: `[n]` ids of the validation text.
+
+    Raises:
+        DataError: No tokens, or an id outside the counts.
+    """
+    counts = np.asarray(train_counts, dtype=np.float64) + 1.0
+    ids = np.asarray(tokens)
+    if not ids.size or ids.max() >= len(counts) or ids.min() < 0:
+        raise DataError(f"unigram_perplexity needs token ids from 0 to {len(counts) - 1}; got {ids.size} ids.")
+    log_probabilities = np.log(counts) - math.log(counts.sum())
+    return math.exp(-float(log_probabilities[ids].mean()))

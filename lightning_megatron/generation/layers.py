@@ -1,0 +1,221 @@
+"""The forward pass of Transformer layers while decoding, over the weights of megatron-core's modules.
+
+Decoding is another computation than training: batches of single tokens, a cache, no autograd, no dropout, nothing split
+along the sequence, nothing recomputed. So it does not run the training modules with switches thrown, it reads their
+weights. A training module needs no change before and no repair after, and what is left of a layer is a few kernels in a
+row, which a CPU starts quickly and a CUDA graph records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_megatron.backends.core import MLP, SelfAttention, TransformerLayer
+from lightning_megatron.errors import ModuleError
+from lightning_megatron.generation.protocol import Step
+
+_NORMS = (torch.nn.LayerNorm, torch.nn.RMSNorm)
+
+
+class KVCache:
+    """Keys and values of the layers of one chunk, each ``[layers, rows, query_groups, slots, head_size]``."""
+
+    def __init__(self, shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self._rows = torch.arange(shape[1], device=device)[:, None]
+
+    def extend(self, layer: int, key: Tensor, value: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """Write ``[rows, groups, sequence, head_size]`` at the step's positions; the keys and values to attend to."""
+        rows, length = key.size(0), key.size(2)
+        keys, values = self.keys[layer, :rows], self.values[layer, :rows]
+        if step.offset is not None:
+            keys[:, :, step.offset : step.offset + length] = key
+            values[:, :, step.offset : step.offset + length] = value
+        else:
+            keys[self._rows[:rows, 0], :, step.positions[:, 0]] = key[:, :, 0]
+            values[self._rows[:rows, 0], :, step.positions[:, 0]] = value[:, :, 0]
+        return keys[:, :, : step.keys], values[:, :, : step.keys]
+
+    def select(self, rows: Tensor, used: int) -> None:
+        """Row ``i`` becomes a copy of row ``rows[i]``, in place, since CUDA graphs hold the addresses."""
+        for tensor in (self.keys, self.values):
+            tensor[:, : rows.size(0), :, :used] = tensor[:, rows, :, :used]
+
+
+class Rotary:
+    """Rotary position embedding (arXiv:2104.09864) of heads, from a table of angles ``[positions, rotated_width]``."""
+
+    def __init__(self, angles: Tensor, dtype: torch.dtype) -> None:
+        self._cos, self._sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        self._width = angles.size(-1)
+
+    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines for ``[rows, sequence]``, which every layer shares."""
+        return self._cos[positions][:, :, None], self._sin[positions][:, :, None]
+
+    def __call__(self, heads: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+        """Rotate ``[rows, sequence, heads, head_size]``; what is wider than the table passes."""
+        cos, sin = table
+        turned, passed = heads[..., : self._width], heads[..., self._width :]
+        first, second = turned.chunk(2, dim=-1)
+        turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+        return torch.cat((turned, passed), dim=-1) if passed.size(-1) else turned
+
+
+class DecodingLayer:
+    """One layer of a chunk.
+
+    Args:
+        layer: megatron-core's, whose weights are read at each call, so that training between calls is seen.
+        index: of the layer in its chunk.
+        tp: the tensor-parallel group.
+
+    Raises:
+        ModuleError: a layer of other parts than this computes.
+    """
+
+    def __init__(self, layer: Any, index: int, tp: dist.ProcessGroup, rotary: Rotary | None) -> None:
+        _check_anatomy(layer)
+        config, attention = layer.config, layer.self_attention
+        self._index, self._tp, self._rotary = index, tp, rotary
+        self._norms = (layer.input_layernorm, layer.pre_mlp_layernorm)
+        self._qkv, self._projection = attention.linear_qkv, attention.linear_proj
+        self._fc1, self._fc2 = layer.mlp.linear_fc1, layer.mlp.linear_fc2
+        self._activation: Callable[[Tensor], Tensor] = config.activation_func
+        self._gated = config.gated_linear_unit
+        self._head_size = attention.hidden_size_per_attention_head
+        self._scale = attention.core_attention.softmax_scale
+        # Heads of one query group, counted over all ranks. With fewer groups than ranks, several ranks share a group.
+        self._heads_per_group = config.num_attention_heads // config.num_query_groups
+        self._ranks_per_group = max(1, tp.size() // config.num_query_groups)
+        self.groups = max(1, config.num_query_groups // tp.size())
+        self.head_size = self._head_size
+
+    def __call__(
+        self, hidden: Tensor, cache: KVCache, step: Step, table: tuple[Tensor, Tensor] | None, bias: Tensor | None
+    ) -> Tensor:
+        """One residual block after the other on ``[rows, sequence, hidden]``.
+
+        Args:
+            table: of :meth:`Rotary.at`.
+            bias: of the scores by position, ``[rows or 1, heads, sequence, keys]``.
+        """
+        hidden = hidden + self._attend(self._norms[0](hidden), cache, step, table, bias)
+        return hidden + self._mlp(self._norms[1](hidden))
+
+    # ------------------------------------------------------------------ attention
+
+    def _attend(
+        self, hidden: Tensor, cache: KVCache, step: Step, table: tuple[Tensor, Tensor] | None, bias: Tensor | None
+    ) -> Tensor:
+        query, key, value = self._query_key_value(hidden)
+        if self._rotary is not None and table is not None:
+            query, key = self._rotary(query, table), self._rotary(key, table)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        past_keys, past_values = cache.extend(self._index, key, value, step)
+        if step.is_prompt:
+            out = self._attend_prompt(query, key, value, bias)
+        else:
+            out = self._attend_token(query, past_keys, past_values, step.visible, bias)
+        return self._row_parallel(self._projection, out)
+
+    def _query_key_value(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``[rows, sequence, heads or groups, head_size]`` of this rank. Weights lie group by group: q.. k v, q.. k v."""
+        mixed = F.linear(hidden, self._qkv.weight, self._qkv.bias)
+        if self._ranks_per_group > 1:
+            mixed = gather_columns(mixed, self._tp)
+            group = self._tp.rank() // self._ranks_per_group
+            mixed = mixed.unflatten(-1, (-1, self._heads_per_group + 2, self._head_size))[:, :, group : group + 1]
+        else:
+            mixed = mixed.unflatten(-1, (self.groups, self._heads_per_group + 2, self._head_size))
+        query, key, value = mixed.split((self._heads_per_group, 1, 1), dim=3)
+        if self._ranks_per_group > 1:
+            mine = self._heads_per_group // self._ranks_per_group
+            query = query.narrow(3, self._tp.rank() % self._ranks_per_group * mine, mine)
+        return query.flatten(2, 3), key.squeeze(3), value.squeeze(3)
+
+    def _attend_prompt(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+        if bias is not None:
+            future = torch.ones(bias.shape[-2:], dtype=torch.bool, device=bias.device).triu(1)
+            bias = bias.masked_fill(future, float("-inf"))
+        out = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=bias,
+            is_causal=bias is None,
+            scale=self._scale,
+            enable_gqa=query.size(1) != key.size(1),
+        )
+        return out.transpose(1, 2).flatten(2)
+
+    def _attend_token(
+        self, query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        # Heads of a group take the place of a sequence of queries, so grouped queries need no copies of keys.
+        rows, heads = query.shape[:2]
+        query = query.view(rows, keys.size(1), -1, self._head_size)
+        mask = visible
+        if bias is not None:
+            mask = bias.view(bias.size(0), keys.size(1), -1, bias.size(-1)).expand(rows, -1, -1, -1)
+            if visible is not None:
+                mask = mask.masked_fill(~visible, float("-inf"))
+        out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=self._scale)
+        return out.reshape(rows, 1, heads * self._head_size)
+
+    # ------------------------------------------------------------------------ MLP
+
+    def _mlp(self, hidden: Tensor) -> Tensor:
+        inner = F.linear(hidden, self._fc1.weight, self._fc1.bias)
+        if self._gated:
+            gate, up = inner.chunk(2, dim=-1)
+            inner = self._activation(gate) * up
+        else:
+            inner = self._activation(inner)
+        return self._row_parallel(self._fc2, inner)
+
+    def _row_parallel(self, linear: Any, inputs: Tensor) -> Tensor:
+        if self._tp.size() == 1:
+            return F.linear(inputs, linear.weight, linear.bias)
+        out = F.linear(inputs, linear.weight)
+        dist.all_reduce(out, group=self._tp)
+        return out if linear.bias is None else out + linear.bias
+
+
+def gather_columns(part: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Concatenate the last dimension over the ranks of a group."""
+    if group.size() == 1:
+        return part
+    size, rows = group.size(), part.size(0)
+    parts = torch.empty((size * rows, *part.shape[1:]), dtype=part.dtype, device=part.device)
+    dist.all_gather_into_tensor(parts, part.contiguous(), group=group)
+    return parts.unflatten(0, (size, rows)).movedim(0, -2).flatten(-2)
+
+
+def _check_anatomy(layer: Any) -> None:
+    """Raise unless a layer is computed here as megatron-core would."""
+    attention, mlp = getattr(layer, "self_attention", None), getattr(layer, "mlp", None)
+    parts = {
+        "a pre-norm TransformerLayer": isinstance(layer, TransformerLayer)
+        and isinstance(layer.input_layernorm, _NORMS)
+        and isinstance(layer.pre_mlp_layernorm, _NORMS),
+        "SelfAttention without norms of queries and keys": isinstance(attention, SelfAttention)
+        and attention.q_layernorm is None
+        and attention.k_layernorm is None
+        and not attention.config.attention_output_gate,
+        "a dense MLP": isinstance(mlp, MLP),
+    }
+    for what, found in parts.items():
+        if not found:
+            raise ModuleError(
+                f"Decoding computes layers of {what} here, but layer {getattr(layer, 'layer_number', '?')} is "
+                f"{type(layer).__name__}({type(attention).__name__}, {type(mlp).__name__}). Override build_decoder in "
+                "the module to return a Decoder of its own."
+            )
