@@ -23,9 +23,7 @@ def test_import_prints_nothing(code: str) -> None:
 
 def test_import_is_light() -> None:
     code = "import sys, lightning_megatron, lightning_megatron.layout, lightning_megatron.models.config\n"
-    code += (
-        "print([n for n in ('torch', 'lightning', 'megatron', 'hydra', 'transformers') if n in sys.modules])"
-    )
+    code += "print([n for n in ('torch', 'lightning', 'megatron', 'hydra', 'transformers') if n in sys.modules])"
     assert run(code).stdout.strip() == "[]"
 
 

@@ -38,7 +38,13 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], str, list[str]]] = {
     "uneven": (2, {PP: 2, "num_layers_in_first_pipeline_stage": 9}, {}, "LayoutError", ["num_layers=4", "9"]),
     "sequence": (2, {TP: 2, "sequence_parallel": True}, {"max_position_embeddings": 15}, "DataError", ["16", "15"]),
     "vocabulary": (1, {}, {"vocab_size": 100}, "DataError", ["vocab_size=100", "another tokenizer"]),
-    "checkpoint": (2, {PP: 2}, {"hidden_size": 64}, "CheckpointError", ["another model", "shapes differ", " in the checkpoint", "64) in the model"]),
+    "checkpoint": (
+        2,
+        {PP: 2},
+        {"hidden_size": 64},
+        "CheckpointError",
+        ["another model", "shapes differ", " in the checkpoint", "64) in the model"],
+    ),
     "no checkpoint": (1, {}, {}, "CheckpointError", ["no checkpoint at", "nowhere"]),
 }
 
