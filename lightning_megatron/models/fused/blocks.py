@@ -1,4 +1,3 @@
-
 # mypy: disable-error-code="no-untyped-def,override"
 """The two halves of a Transformer layer around its core attention, each one autograd node with its own backward.
 

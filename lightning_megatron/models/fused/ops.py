@@ -1,4 +1,3 @@
-
 """The operations between matrix products: Triton kernels on CUDA, plain torch elsewhere, with the same signatures."""
 
 from __future__ import annotations

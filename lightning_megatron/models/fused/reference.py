@@ -1,4 +1,3 @@
-
 """What the Triton kernels compute, in plain torch: how the fused layers run on CPU, and what the kernels must equal.
 
 Activations are rows of tokens: ``[tokens, hidden]`` with ``tokens = sequence * batch``, sequence outermost.
