@@ -190,7 +190,7 @@ def _pinned(batch: dict[str, Any]) -> dict[str, Any]:
     """In page-locked memory where there is CUDA: copying other memory makes the host wait for the step before."""
     if not torch.cuda.is_available():
         return batch
-    return {key: value.pin_memory() if _on_host(value) else value for key, value in batch.items()}
+    return {key: value.contiguous().pin_memory() if _on_host(value) else value for key, value in batch.items()}
 
 
 def _on_host(value: Any) -> bool:

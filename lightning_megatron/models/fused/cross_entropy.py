@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_megatron.models.fused import ops
-from lightning_megatron.models.fused.linear import TensorParallel, before_forward, weight_gradient
+from lightning_megatron.models.fused.linear import TensorParallel, before_forward, main_grad_of, weight_gradient
 
 _CHUNK_BYTES = 2**29
 
@@ -77,7 +77,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch.mm(dlogits, weight, out=dx[part])
             update = weight_gradient(dlogits, x[part], weight)
             # With main_grad each call hands over the same kind of placeholder; without, the gradients add up.
-            dweight = update if dweight is None or hasattr(weight, "main_grad") else dweight + update
+            if dweight is None or update is None or main_grad_of(weight) is not None:
+                dweight = update
+            else:
+                dweight = dweight + update
         dx = shard.parallel.leave(dx)
         return dx.view(ctx.shape), dweight, None, None
 

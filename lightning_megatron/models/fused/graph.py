@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class _Capture:
     """The stream and the memory that all captures of a process share."""
 
     stream: torch.cuda.Stream | None = None
-    pool: tuple[int, int] | None = None
+    pool: Any = None
 
     @classmethod
     def run(cls, function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:

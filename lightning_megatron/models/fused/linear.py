@@ -158,7 +158,7 @@ class UnfusedBackward(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, dx: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def,override]
+    def backward(ctx, dx: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
         for parameter in ctx.parameters:
             if hasattr(parameter, "grad_added_to_main_grad"):
                 parameter.grad_added_to_main_grad = False
