@@ -17,7 +17,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Verify each checkpoint. Returns 1 if any is damaged."""
-    return 0 if all([_examine(path) for path in args.checkpoints]) else 1
+    healthy = [_examine(path) for path in args.checkpoints]
+    return 0 if all(healthy) else 1
 
 
 def _examine(path: Path) -> bool:

@@ -34,7 +34,7 @@ class MegatronOptimizer(torch.optim.Optimizer):
         self.skipped = False
         """Whether the last step was skipped because a gradient overflowed in fp16, or by ``skip_next``."""
         self.skip_next = False
-        """Set while the closure runs, leaves everything as it is; see :class:`~lightning_megatron.callbacks.NonFinite`."""
+        """Set while the closure runs, makes this step leave everything as it is (``callbacks.NonFinite`` does so)."""
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
