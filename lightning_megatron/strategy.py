@@ -350,6 +350,18 @@ class MegatronStrategy(DDPStrategy):
         finally:
             self._more_to_accumulate = False
 
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Names in this rank's chunks and accumulated gradients, for callbacks before an optimizer step."""
+        for chunk in self._wrapped_for_training:
+            for name, parameter in _unwrap(chunk).named_parameters():
+                if parameter.requires_grad:
+                    yield name, parameter.main_grad
+
+    def gradient_buffers(self) -> list[Tensor]:
+        """The same in one piece: megatron-core's flat buffers."""
+        buffers = (b for chunk in self._wrapped_for_training for b in (*chunk.buffers, *chunk.expert_parallel_buffers))
+        return [buffer.grad_data for buffer in buffers]
+
     # ---------------------------------------------------------------------- checkpoints
 
     @property

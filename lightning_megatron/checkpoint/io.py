@@ -125,12 +125,13 @@ def snapshot(
         outlines=[[outlines[rank][index] for index in share] for rank, share in enumerate(shares)]
         if team.first
         else [],
-        lightning=_pickled(lightning) if team.first else b"",
+        lightning=pickled(lightning) if team.first else b"",
         metadata=CheckpointMetadata(model, layout.as_dict(), team.size, versions()),
     )
 
 
-def _pickled(lightning: dict[str, Any]) -> bytes:
+def pickled(lightning: dict[str, Any]) -> bytes:
+    """The Trainer's state as a file holds it."""
     buffer = BytesIO()
     torch.save(lightning, buffer)
     return buffer.getvalue()

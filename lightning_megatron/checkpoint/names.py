@@ -29,13 +29,13 @@ class Mismatch:
     ) -> Mismatch:
         """``wanted`` holds shapes, and whether dimension 0 may be padded differently."""
         reshaped = []
-        for name in sorted(wanted.keys() & saved.keys()):
+        for name in _sorted(wanted.keys() & saved.keys()):
             (shape, resizable), there = wanted[name], saved[name]
             may_differ = resizable and same_vocabulary and shape[1:] == there[1:]
             if shape != there and not may_differ:
                 reshaped.append((name, there, shape))
         return cls(
-            tuple(sorted(wanted.keys() - saved.keys())), tuple(sorted(saved.keys() - wanted.keys())), tuple(reshaped)
+            tuple(_sorted(wanted.keys() - saved.keys())), tuple(_sorted(saved.keys() - wanted.keys())), tuple(reshaped)
         )
 
     def __bool__(self) -> bool:
@@ -60,10 +60,14 @@ class Mismatch:
                 for name, there, here in self.reshaped[:_SHOWN]
             ]
             lines += _more(self.reshaped)
-        lines.append(
-            "Build the model with the configuration in its lightning_megatron.json, or load with strict=False."
-        )
+        advice = "" if self.reshaped else ", or load with strict=False"
+        lines.append(f"Build the model with the configuration in its lightning_megatron.json{advice}.")
         return "\n".join(lines)
+
+
+def _sorted(names: Iterable[str]) -> list[str]:
+    """Weights before the optimizer's state for them, which has the same faults."""
+    return sorted(names, key=lambda name: (name.startswith("optimizer."), name))
 
 
 def _more(names: tuple[object, ...]) -> list[str]:

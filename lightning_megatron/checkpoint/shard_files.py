@@ -309,7 +309,7 @@ def _payload(data: memoryview, size: int) -> memoryview | None:
     """The bytes of the one contiguous tensor in a ``torch.save`` archive, verified; ``None`` for other archives."""
     if size == 0:
         return None
-    with zipfile.ZipFile(_View(data)) as archive:  # type: ignore[arg-type]
+    with zipfile.ZipFile(_View(data)) as archive:
         storages = [info for info in archive.infolist() if "/data/" in info.filename]
     if len(storages) != 1 or storages[0].file_size != size or storages[0].compress_type != zipfile.ZIP_STORED:
         return None

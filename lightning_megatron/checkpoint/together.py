@@ -70,6 +70,29 @@ class Team:
         return result  # type: ignore[return-value]
 
 
+class Alone(Team):
+    """One process without process groups, as command-line tools are."""
+
+    def __init__(self) -> None:
+        pass
+
+    @property
+    def rank(self) -> int:
+        return 0
+
+    @property
+    def size(self) -> int:
+        return 1
+
+    def gather[T](self, value: T) -> list[T]:
+        return [value]
+
+    share = gather
+
+    def scatter(self, values: list[Any]) -> Any:
+        return values[0]
+
+
 def _tell(error: Exception | None) -> str:
     if error is None:
         return ""

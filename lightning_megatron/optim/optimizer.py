@@ -32,7 +32,9 @@ class MegatronOptimizer(torch.optim.Optimizer):
         self.grad_norm: torch.Tensor | float | None = None
         """Global norm of the last step's gradient before clipping; ``None`` if the step was skipped."""
         self.skipped = False
-        """Whether the last step was skipped because a gradient overflowed in fp16."""
+        """Whether the last step was skipped because a gradient overflowed in fp16, or by ``skip_next``."""
+        self.skip_next = False
+        """Set while the closure runs, makes this step leave everything as it is (``callbacks.NonFinite`` does so)."""
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -59,6 +61,9 @@ class MegatronOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Run the closure (the whole schedule), then clip and update."""
         loss = closure() if closure is not None else None
+        if self.skip_next:
+            self.skip_next, self.skipped, self.grad_norm = False, True, None
+            return loss
         with cuda_type_names():
             success, self.grad_norm, _ = self.core.step()
         self.skipped = not success
