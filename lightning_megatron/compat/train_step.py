@@ -1,12 +1,12 @@
 """Train steps of Accelerate's users, run by this package.
 
-A subclass of Accelerate's ``GPTTrainStep``, ``BertTrainStep`` or ``T5TrainStep`` keeps its code and changes one import::
+A subclass of Accelerate's ``GPTTrainStep``, ``BertTrainStep`` or ``T5TrainStep`` keeps its code, but for one import::
 
     from lightning_megatron.compat.train_step import GPTTrainStep, TrainStepModule
     module = TrainStepModule(lm.GPTModule(config), MyTrainStep, keytoken_ids=[...], alpha=0.5)
 
-Both documented forms run: ``__init__(self, megatron_args, **kwargs)`` with ``get_loss_func(self)``, and since Accelerate
-0.31 ``__init__(self, accelerator, args, **kwargs)`` with ``get_loss_func(self, accelerator)``.
+Both documented forms run: ``__init__(self, megatron_args, **kwargs)`` with ``get_loss_func(self)``, and since
+Accelerate 0.31 ``__init__(self, accelerator, args, **kwargs)`` with ``get_loss_func(self, accelerator)``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Tables between Hugging Face's tensors and this package's, over whole tensors.
 
-A table is a tuple of :class:`Rule`; each says which tensors of theirs make one of ours, and how, both ways. Whole tensors
-have the names and shapes of ``chunk.state_dict()`` without any parallelism; :mod:`lightning_megatron.interop.sharding` puts
-them into a model of any layout.
+A table is a tuple of :class:`Rule`; each says which tensors of theirs make one of ours, and how, both ways. Whole
+tensors have the names and shapes of ``chunk.state_dict()`` without any parallelism;
+:mod:`lightning_megatron.interop.sharding` puts them into a model of any layout.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ class LanguageModelModule(MegatronModule):
         return_logits: let ``validation_step`` and ``test_step`` return ``{"loss": ..., "logits": ...}``. Logits are
             ``[batch, sequence, vocabulary]`` for all samples of this data-parallel rank, gathered over tensor- and
             context-parallel ranks, without the padding of the vocabulary. They are on the ranks of the last pipeline
-            stage and ``None`` on others, or on all with ``"every_rank"``. ``predict_step`` then returns the same instead of
-            generating.
+            stage and ``None`` on others, or on all with ``"every_rank"``. ``predict_step`` then returns the same
+            instead of generating.
         data_on_every_stage: give middle pipeline stages the batch too, for masks that every layer needs.
     """
 
