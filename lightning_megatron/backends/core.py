@@ -104,7 +104,7 @@ with _quiet_import():
         TransformerLayerSubmodules,
         get_transformer_layer_offset,
     )
-    from megatron.core.transformer.utils import sharded_state_dict_default
+    from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint, sharded_state_dict_default
     from megatron.core.utils import divide, get_model_config
 
 kernels.install()
@@ -165,6 +165,7 @@ __all__ = [
     "get_num_layers_to_build",
     "get_transformer_layer_offset",
     "initialize_rng_tracker",
+    "make_sharded_tensors_for_checkpoint",
     "model_parallel_cuda_manual_seed",
     "parallel_state",
     "replace_prefix_for_sharding",

@@ -36,8 +36,8 @@ class GPTModule(LanguageModelModule):
     - ``text`` of ``sequence + 1`` tokens, as Megatron-LM's and Accelerate's datasets yield.
 
     With any of them, ``document_ids`` number the documents of a sample, which attention then does not look beyond; or
-    an ``attention_mask`` of ``[batch, sequence, sequence]`` or ``[batch, 1, sequence, sequence]``, ``True`` where a key is
-    hidden, hides more than the future. Every layer needs these two, so with more than two pipeline stages they need
+    an ``attention_mask`` of ``[batch, sequence, sequence]`` or ``[batch, 1, sequence, sequence]``, ``True`` where a key
+    is hidden, hides more than the future. Every layer needs these two, so with more than two pipeline stages they need
     ``data_on_every_stage=True``.
     """
 
