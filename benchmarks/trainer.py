@@ -2,8 +2,8 @@
 
 python benchmarks/trainer.py [--steps 20] [--rounds 3]
 
-Both run the same chunk, gradient buffers and optimizer on the same batches; the loops take turns, so that a busy machine
-is as busy for both. The ratio of the medians should be at most 1.03.
+Both run the same chunk, gradient buffers and optimizer on the same batches; the loops take turns, so that a busy
+machine is as busy for both. The ratio of the medians should be at most 1.03.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from lightning_megatron.data.indexed import IndexedDatasetWriter
 from tests.ranks import free_port
 
 ROOT = Path(__file__).parent.parent
+RECIPE = ROOT / "recipes" / "pretrain.py"
 TINY = [
     *("model.num_layers=2", "model.hidden_size=32", "model.num_attention_heads=4", "model.vocab_size=256"),
     *("model.max_position_embeddings=16", "model.make_vocab_size_divisible_by=64", "data.global_batch_size=4"),
@@ -33,7 +34,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(command: list[str], corpus: Path, run_dir: Path, *overrides: str, **environment: str) -> None:
     result = subprocess.run(
-        [*command, str(ROOT / "recipes/pretrain.py"), f"data.data_path={corpus}", f"run_dir={run_dir}", *TINY, *overrides],
+        [*command, str(RECIPE), f"data.data_path={corpus}", f"run_dir={run_dir}", *TINY, *overrides],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
         cwd=run_dir.parent,
         capture_output=True,
