@@ -161,25 +161,25 @@ class GPTModule(LanguageModelModule):
 
         if self.config.position_embedding_type == "alibi":
             raise ModuleError("Generation has no ALiBi yet: position_embedding_type='alibi' trains and evaluates only.")
-        return GPTDecoder(self.chunks, self.config, self.strategy.build_context.groups)
+        return GPTDecoder(list(self.chunks), self.config, self.strategy.build_context.groups)
 
 
 def _hugging_face_form(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     tokens, attention = batch["input_ids"], batch.get("attention_mask")
     labels = batch.get("labels", tokens)
-    padded = attention is not None and attention.dim() == 2
-    if padded:
-        labels = labels.masked_fill(attention == 0, _IGNORED)
+    padding: Tensor | None = attention if attention is not None and attention.dim() == 2 else None
+    if padding is not None:
+        labels = labels.masked_fill(padding == 0, _IGNORED)
     after = torch.full_like(labels[:, :1], _IGNORED)
     labels = torch.cat([labels[:, 1:], after], dim=1)
-    if padded:
-        labels = labels.masked_fill(attention == 0, _IGNORED)  # nor is anything predicted from padding
+    if padding is not None:
+        labels = labels.masked_fill(padding == 0, _IGNORED)  # nor is anything predicted from padding
     form = {"tokens": tokens, "labels": labels}
     if "position_ids" in batch:
         form["position_ids"] = batch["position_ids"]
-    if padded and bool((attention[:, 1:] > attention[:, :-1]).any()):
+    if padding is not None and bool((padding[:, 1:] > padding[:, :-1]).any()):
         # Padding before the text: real tokens must not see it, and count their positions from the first of them, as
         # Hugging Face's generation does. Padding after it is in the future, where nothing looks.
-        form["document_ids"] = attention.long()
-        form.setdefault("position_ids", (attention.long().cumsum(dim=1) - 1).clamp(min=0))
+        form["document_ids"] = padding.long()
+        form.setdefault("position_ids", (padding.long().cumsum(dim=1) - 1).clamp(min=0))
     return form
