@@ -155,8 +155,6 @@ class GPTModule(LanguageModelModule):
     def build_decoder(self) -> Decoder:
         from lightning_megatron.generation.gpt import GPTDecoder
 
-        if self.config.position_embedding_type == "alibi":
-            raise ModuleError("Generation has no ALiBi yet: position_embedding_type='alibi' trains and evaluates only.")
         return GPTDecoder(self.chunks, self.config, self.strategy.build_context.groups)
 
 
