@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +16,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lightning_megatron.backends import core, rng
-from lightning_megatron.checkpoint.io import ShardedCheckpoint
+from lightning_megatron.checkpoint.io import load, load_weights, snapshot
+from lightning_megatron.checkpoint.run_state import RunState
+from lightning_megatron.checkpoint.saver import CheckpointOptions, Saver
 from lightning_megatron.errors import LayoutError, ModuleError
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.models.transformer_config import BuildContext
@@ -43,6 +45,7 @@ class MegatronStrategy(DDPStrategy):
         overlap_grad_reduce: reduce gradients while the backward goes on.
         overlap_param_gather: gather updated weights while the forward goes on; needs the distributed optimizer.
         ddp: more fields of megatron-core's ``DistributedDataParallelConfig``.
+        checkpoint: how checkpoints are saved: in the background for instance.
         seed: of weights and dropout; ``None`` takes the seed of ``lightning.seed_everything``, else 1234.
         timeout: how long a collective waits for a rank that does not come.
         kwargs: of Lightning's ``DDPStrategy``, such as ``start_method``, ``process_group_backend`` or
@@ -69,6 +72,7 @@ class MegatronStrategy(DDPStrategy):
         overlap_grad_reduce: bool = False,
         overlap_param_gather: bool = False,
         ddp: Mapping[str, Any] | None = None,
+        checkpoint: CheckpointOptions | None = None,
         seed: int | None = None,
         timeout: timedelta = timedelta(minutes=10),
         **kwargs: Any,
@@ -104,6 +108,8 @@ class MegatronStrategy(DDPStrategy):
         self._replica: ReplicaGroups | None = None
         self._schedule: Schedule | None = None
         self._wrapped_for_training: list[Any] = []
+        self._checkpoint_options = checkpoint or CheckpointOptions()
+        self._checkpoint_saver: Saver | None = None
         # Gradient accumulation: tokens of the window's schedules so far, None before its first.
         self._window_tokens: Tensor | None = None
         self._more_to_accumulate = False
@@ -344,6 +350,18 @@ class MegatronStrategy(DDPStrategy):
         finally:
             self._more_to_accumulate = False
 
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Names in this rank's chunks and accumulated gradients, for callbacks before an optimizer step."""
+        for chunk in self._wrapped_for_training:
+            for name, parameter in _unwrap(chunk).named_parameters():
+                if parameter.requires_grad:
+                    yield name, parameter.main_grad
+
+    def gradient_buffers(self) -> list[Tensor]:
+        """The same in one piece: megatron-core's flat buffers."""
+        buffers = (b for chunk in self._wrapped_for_training for b in (*chunk.buffers, *chunk.expert_parallel_buffers))
+        return [buffer.grad_data for buffer in buffers]
+
     # ---------------------------------------------------------------------- checkpoints
 
     @property
@@ -362,33 +380,70 @@ class MegatronStrategy(DDPStrategy):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         assert isinstance(self.lightning_module, MegatronModule)
+        if not self._saver.ready():
+            return
         with self.gathered_weights():
-            self._sharded_checkpoint(with_optimizer="optimizer_states" in checkpoint).save(
-                Path(filepath), checkpoint, self.lightning_module.describe()
-            )
+            state = self._run_state(with_optimizer="optimizer_states" in checkpoint)
+            description = self.lightning_module.describe()
+            team = self._saver.team
+            self._saver.save(snapshot(Path(filepath), state, checkpoint, description, self.layout, team))
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        assert isinstance(self.lightning_module, MegatronModule)
+        self._saver.wait()
         with self.gathered_weights():
-            return self._sharded_checkpoint(with_optimizer=self._fitting).load(
-                Path(checkpoint_path), strict=self.lightning_module.strict_loading, weights_only=weights_only
+            return load(
+                Path(checkpoint_path),
+                self._run_state(with_optimizer=self.lightning_module.trainer.state.fn == TrainerFn.FITTING),
+                self.lightning_module.describe(),
+                self.layout,
+                self._saver.team,
+                strict=self.lightning_module.strict_loading,
+                weights_only=weights_only,
             )
 
-    @property
-    def _fitting(self) -> bool:
-        return self.lightning_module is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+    def load_weights(
+        self, path: str | Path, *, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
+    ) -> list[str]:
+        """Fill weights from a checkpoint and leave everything else as it is; from ``on_fit_start`` on.
 
-    def _sharded_checkpoint(self, *, with_optimizer: bool) -> ShardedCheckpoint:
-        return ShardedCheckpoint(
+        Args:
+            include: patterns of names (``"decoder.*"``), of which a weight must match one.
+            exclude: patterns of which it must match none.
+
+        Returns:
+            The names of all weights that were filled.
+
+        Raises:
+            CheckpointError: a weight that was asked for is missing there or has another shape, or none was asked for.
+        """
+        assert isinstance(self.lightning_module, MegatronModule)
+        with self.gathered_weights():
+            state = self._run_state(with_optimizer=bool(self.optimizers))
+            description = self.lightning_module.describe()
+            return load_weights(Path(path), state, description, self._saver.team, include=include, exclude=exclude)
+
+    @override
+    def remove_checkpoint(self, filepath: Any) -> None:
+        self._saver.remove(Path(filepath))
+
+    @property
+    def _saver(self) -> Saver:
+        if self._checkpoint_saver is None:
+            self._checkpoint_saver = Saver(self._checkpoint_options, self._timeout or timedelta(minutes=10))
+        return self._checkpoint_saver
+
+    def _run_state(self, *, with_optimizer: bool) -> RunState:
+        return RunState(
             [_unwrap(chunk) for chunk in self._chunks],
             self.megatron_optimizer if with_optimizer and self.optimizers else None,
-            self.layout,
             self.build_context.groups,
         )
 
     @contextmanager
     def gathered_weights(self) -> Iterator[None]:
-        """Around code that reads or replaces weights: gathers those that a forward would have gathered lazily."""
+        """For whoever reads or replaces weights: what a forward would have gathered lazily is gathered before."""
         lazily = self._ddp_options["overlap_param_gather"] and self._wrapped_for_training
         for chunk in self._wrapped_for_training if lazily else ():
             chunk.disable_forward_pre_hook(param_sync=True)
@@ -407,6 +462,8 @@ class MegatronStrategy(DDPStrategy):
     @override
     def teardown(self) -> None:
         """Release the accelerator's own resources; groups and weights stay, since saving after a fit is legal."""
+        if self._checkpoint_saver is not None:
+            self._checkpoint_saver.finish()
         self.precision_plugin.teardown()
         assert self.accelerator is not None
         self.accelerator.teardown()

@@ -142,6 +142,7 @@ def main() -> None:
         f"trainer.max_steps={arguments.steps}",
         f"trainer.val_check_interval={max(1, arguments.steps // 4)}",
         *("optim.lr=2e-3", "optim.min_lr=2e-4", f"optim.lr_warmup_steps={arguments.steps // 20}"),
+        *("callbacks=sample", 'callbacks.sample.prompts=["Return a list of","The class of"]'),
         *("model.hidden_dropout=0.0", "model.attention_dropout=0.0", "trainer.num_sanity_val_steps=1"),
     )
     resumed = directory / "resumed"

@@ -80,6 +80,7 @@ with _quiet_import():
     from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
     from megatron.core.optimizer import get_megatron_optimizer
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params as Float16Optimizer
     from megatron.core.optimizer.optimizer import FP32Optimizer, MegatronOptimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -103,7 +104,7 @@ with _quiet_import():
         TransformerLayerSubmodules,
         get_transformer_layer_offset,
     )
-    from megatron.core.transformer.utils import sharded_state_dict_default
+    from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint, sharded_state_dict_default
     from megatron.core.utils import divide, get_model_config
 
 kernels.install()
@@ -132,6 +133,7 @@ __all__ = [
     "DistributedOptimizer",
     "FP32Optimizer",
     "Float16Module",
+    "Float16Optimizer",
     "GPTModel",
     "LanguageModelEmbedding",
     "LanguageModule",
@@ -163,6 +165,7 @@ __all__ = [
     "get_num_layers_to_build",
     "get_transformer_layer_offset",
     "initialize_rng_tracker",
+    "make_sharded_tensors_for_checkpoint",
     "model_parallel_cuda_manual_seed",
     "parallel_state",
     "replace_prefix_for_sharding",

@@ -1,181 +1,250 @@
 """Write and read checkpoints of a model that is spread over ranks. Called by every rank together.
 
-A checkpoint directory holds megatron-core's distributed checkpoint (weights, optimizer, RNG states), ``lightning.pt``
-(the Trainer's loops, callbacks and schedulers) and ``lightning_megatron.json`` (see
-:mod:`lightning_megatron.checkpoint.metadata`).
+A checkpoint directory holds
+
+- ``__<rank>_0.distcp``, ``.metadata``, ``metadata.json`` and ``common.pt``: weights, optimizer and random states in
+  megatron-core's format (see :mod:`lightning_megatron.checkpoint.shard_files`);
+- ``lightning.pt``: the Trainer's loops, callbacks and schedulers;
+- ``lightning_megatron.json``: model, layout, versions and checksums (:mod:`lightning_megatron.checkpoint.metadata`).
 """
 
 from __future__ import annotations
 
-import difflib
-import os
 import pickle
 import shutil
-from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch import Tensor
 
-from lightning_megatron.backends import rng
-from lightning_megatron.backends.checkpoint_writer import in_process_results
-from lightning_megatron.backends.core import ProcessGroupCollection, dist_checkpointing
-from lightning_megatron.checkpoint.metadata import CheckpointMetadata
+from lightning_megatron.backends import optimizer_state, rng
+from lightning_megatron.checkpoint.metadata import CheckpointMetadata, FileSum, versions
+from lightning_megatron.checkpoint.names import Mismatch, shapes
+from lightning_megatron.checkpoint.publish import partial_path, publish, recover, remove, sync_files
+from lightning_megatron.checkpoint.run_state import OPTIMIZER_PREFIX, RNG, RunState, Wanted
+from lightning_megatron.checkpoint.shard_files import (
+    Outline,
+    ShardFiles,
+    WrittenFile,
+    share_out,
+    write_file,
+    write_index,
+)
+from lightning_megatron.checkpoint.together import Team
 from lightning_megatron.errors import CheckpointError
 from lightning_megatron.layout import ParallelLayout
-from lightning_megatron.optim.optimizer import MegatronOptimizer
 
 LIGHTNING_FILE = "lightning.pt"
 
 
-class ShardedCheckpoint:
-    """The parts of a run that are spread over ranks.
+# ------------------------------------------------------------------------------------------------------------- save
 
-    Args:
-        chunks: this rank's chunks, unwrapped (megatron-core's DDP would prefix every name).
-        optimizer: ``None`` for weights alone.
-    """
 
-    def __init__(
-        self,
-        chunks: Sequence[Any],
-        optimizer: MegatronOptimizer | None,
-        layout: ParallelLayout,
-        groups: ProcessGroupCollection,
-    ) -> None:
-        self._chunks = list(chunks)
-        self._optimizer = optimizer
-        self._layout = layout
-        self._metadata = {
-            # Tensors in model space: the only type that any layout loads and that saves without TransformerEngine.
-            "distrib_optim_sharding_type": "fully_reshardable",
-            "singleton_local_shards": False,
-            "chained_optim_avoid_prefix": True,
-            "dp_cp_group": groups.dp_cp,
-        }
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What one rank is to write, decided and (if ``tensors`` are copies) independent of training that goes on."""
 
-    # --------------------------------------------------------------------- save
+    path: Path
+    tensors: Iterable[Tensor]
+    outlines: Sequence[Sequence[Outline]]
+    """What each rank writes, on rank 0."""
+    lightning: bytes
+    """The Trainer's state, on rank 0."""
+    metadata: CheckpointMetadata
 
-    def save(self, path: Path, lightning: dict[str, Any], model: dict[str, Any]) -> None:
-        """Write a checkpoint, which appears at ``path`` only when it is whole.
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Snapshot:
+        """The same of other memory."""
+        return replace(self, tensors=tensors)
 
-        Args:
-            lightning: the Trainer's state.
-            model: what the model says of itself.
-        """
-        partial = path.with_name(f".{path.name}.partial")
-        first = dist.get_rank() == 0
-        if first:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        state = self._sharded_state(is_loading=False) | {"rng": rng.sharded_state()}
-        with in_process_results():
-            dist_checkpointing.save(state, str(partial), validate_access_integrity=False)
-        if first:
-            torch.save(lightning, partial / LIGHTNING_FILE)
-            CheckpointMetadata(
-                model=model, layout=self._layout.as_dict(), world_size=dist.get_world_size(), versions=_versions()
-            ).write(partial)
-            _replace(partial, path)
-        dist.barrier()
-
-    def _sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
-        model = {
-            name: chunk.sharded_state_dict(metadata=self._metadata)
-            for name, chunk in zip(self._chunk_names(), self._chunks, strict=True)
-        }
-        if self._optimizer is None:
-            return model
-        optimizer = self._optimizer.sharded_state_dict(dict(model), is_loading=is_loading, metadata=self._metadata)
-        return model | {"optimizer": optimizer}
-
-    def _chunk_names(self) -> list[str]:
-        return ["model"] if len(self._chunks) == 1 else [f"model{index}" for index in range(len(self._chunks))]
-
-    # --------------------------------------------------------------------- load
-
-    def load(self, path: Path, *, strict: bool = True, weights_only: bool | None = None) -> dict[str, Any]:
-        """Fill the chunks and the optimizer, and return the Trainer's state.
-
-        Args:
-            strict: whether names and shapes must match those of the model exactly.
-            weights_only: ``False`` lets the Trainer's state hold any Python object, which runs code of whoever wrote
-                it; otherwise only plain containers, numbers and tensors load.
+    def write(self, team: Team) -> None:
+        """Write the checkpoint, which appears under its name when it is whole.
 
         Raises:
-            CheckpointError: no whole checkpoint, or one of another model.
+            CheckpointError: on every rank, if any failed. What was there under the name is untouched.
         """
-        metadata = CheckpointMetadata.read(path)
-        lightning = _load_lightning(path / LIGHTNING_FILE, weights_only)
-        has_optimizer = "optimizer_states" in lightning
-        if self._optimizer is not None and not has_optimizer:
-            self._optimizer = None
-        state = self._sharded_state(is_loading=True)
-        self._check_names(path, {name: state[name] for name in self._chunk_names()}, strict)
-        same_place = metadata.layout == self._layout.as_dict() and metadata.world_size == dist.get_world_size()
-        if same_place and self._optimizer is not None:
-            state["rng"] = rng.sharded_state()
-        handling = "assume_ok_unexpected" if strict else "log_unexpected"
-        loaded = dist_checkpointing.load(state, str(path), validate_access_integrity=False, strict=handling)
-        for name, chunk in zip(self._chunk_names(), self._chunks, strict=True):
-            chunk.load_state_dict(loaded[name], strict=strict)
-        if self._optimizer is not None:
-            self._optimizer.load_sharded_state(loaded["optimizer"])
-        if "rng" in loaded:
-            rng.restore(loaded["rng"])
-        return lightning
+        partial = partial_path(self.path)
+        what = f"Saving the checkpoint {self.path}"
+        try:
+            team.do(what, lambda: _prepare(partial) if team.first else None)
+            file = team.do(what, lambda: _write_verified(partial / f"__{team.rank}_0.distcp", self.tensors))
+            files = team.gather(file)
+            team.do(what, lambda: self._complete(partial, files) if team.first else None)
+        except CheckpointError:
+            if team.first:
+                shutil.rmtree(partial, ignore_errors=True)  # a full disk has room again
+            raise
 
-    def _check_names(self, path: Path, wanted: dict[str, Any], strict: bool) -> None:
-        """Compare names and shapes with the checkpoint's, and say the same on every rank."""
-        saved = {
-            name: tuple(tensor.global_shape)
-            for name, tensor in dist_checkpointing.load_tensors_metadata(str(path)).items()
-            if not name.startswith("optimizer.")
-        }
-        local = {
-            entry.key: (tuple(entry.global_shape), getattr(entry, "allow_shape_mismatch", False))
-            for entry in _entries(wanted)
-            if hasattr(entry, "global_shape") and hasattr(entry, "allow_shape_mismatch")
-        }
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, local)
-        wanted_shapes = {name: shape for part in everyone for name, shape in part.items()}
-        missing = sorted(set(wanted_shapes) - set(saved))
-        unexpected = sorted(set(saved) - set(wanted_shapes))
-        reshaped = [
-            f"{name}: {saved[name]} in the checkpoint, {shape} in the model"
-            for name, (shape, may_differ) in sorted(wanted_shapes.items())
-            if name in saved and saved[name] != shape and not may_differ
-        ]
-        if reshaped or (strict and (missing or unexpected)):
-            raise CheckpointError(_mismatch(path, missing, unexpected, reshaped))
+    def _complete(self, partial: Path, files: Sequence[WrittenFile]) -> None:
+        write_index(partial, zip(files, self.outlines, strict=True))
+        (partial / LIGHTNING_FILE).write_bytes(self.lightning)
+        sums = {file.name: FileSum(file.size, file.crc32) for file in files}
+        others = [path for path in sorted(partial.iterdir()) if path.name not in sums]
+        sums |= {path.name: FileSum.of(path) for path in others}
+        replace(self.metadata, files=sums).write(partial)
+        sync_files(partial)
+        publish(partial, self.path)
 
 
-def _entries(state: Any) -> list[Any]:
-    if isinstance(state, dict):
-        return [entry for value in state.values() for entry in _entries(value)]
-    if isinstance(state, list):
-        return [entry for value in state for entry in _entries(value)]
-    return [state]
+def _prepare(partial: Path) -> None:
+    remove(partial)
+    partial.mkdir(parents=True)
 
 
-def _mismatch(path: Path, missing: list[str], unexpected: list[str], reshaped: list[str]) -> str:
-    lines = [f"The checkpoint at {path} is of another model."]
-    if missing:
-        near = [(name, difflib.get_close_matches(name, unexpected, n=1)) for name in missing]
-        lines.append(f"  {len(missing)} names of the model are missing in it:")
-        lines += [f"    {name}" + (f" (nearest there: {match[0]})" if match else "") for name, match in near[:10]]
-    if unexpected:
-        lines.append(f"  {len(unexpected)} names in it are not the model's:")
-        lines += [f"    {name}" for name in unexpected[:10]]
-    if reshaped:
-        lines.append(f"  {len(reshaped)} shapes differ:")
-        lines += [f"    {line}" for line in reshaped[:10]]
-    lines.append("Build the model with the configuration in its lightning_megatron.json, or load with strict=False.")
-    return "\n".join(lines)
+def _write_verified(path: Path, tensors: Iterable[Tensor]) -> WrittenFile:
+    file = write_file(path, tensors)
+    if FileSum.of(path) != FileSum(file.size, file.crc32):
+        raise CheckpointError(f"{path} reads back differently from what was written: the disk or its driver is faulty.")
+    return file
+
+
+def snapshot(
+    path: Path, state: RunState, lightning: dict[str, Any], model: dict[str, Any], layout: ParallelLayout, team: Team
+) -> Snapshot:
+    """Decide who writes what.
+
+    Args:
+        lightning: the Trainer's state.
+        model: what the model says of itself.
+    """
+    shards = list(state.shards(team.rank))
+    facts = optimizer_state.facts(state.optimizer.core) if state.optimizer is not None else {}
+    reports = team.gather(([Outline.of(shard) for shard in shards], facts, state.steps()))
+    outlines = [report[0] for report in reports]
+    shares = share_out(outlines)
+    mine = team.scatter(shares)
+    if state.optimizer is not None and team.first:
+        lightning = lightning | {"optimizer_states": [_merge([report[1:] for report in reports])]}
+    return Snapshot(
+        path=path,
+        tensors=[shards[index].tensor for index in mine],
+        outlines=[[outlines[rank][index] for index in share] for rank, share in enumerate(shares)]
+        if team.first
+        else [],
+        lightning=pickled(lightning) if team.first else b"",
+        metadata=CheckpointMetadata(model, layout.as_dict(), team.size, versions()),
+    )
+
+
+def pickled(lightning: dict[str, Any]) -> bytes:
+    """The Trainer's state as a file holds it."""
+    buffer = BytesIO()
+    torch.save(lightning, buffer)
+    return buffer.getvalue()
+
+
+def _merge(reports: Sequence[tuple[dict[str, Any], dict[str, int]]]) -> dict[str, Any]:
+    """One account of the optimizer from all ranks': its facts, and the steps of parameters that lag behind."""
+    facts: dict[str, Any] = {}
+    steps: dict[str, int] = {}
+    for part, counts in reports:
+        groups = facts.get("groups", {}) | part.get("groups", {})
+        facts |= part | {"groups": groups}
+        steps |= counts
+    step = max(steps.values(), default=0)
+    return facts | {"step": step, "steps": {name: count for name, count in steps.items() if count != step}}
+
+
+# ------------------------------------------------------------------------------------------------------------- load
+
+
+def load(
+    path: Path,
+    state: RunState,
+    model: dict[str, Any],
+    layout: ParallelLayout,
+    team: Team,
+    *,
+    strict: bool = True,
+    weights_only: bool | None = None,
+) -> dict[str, Any]:
+    """Fill the weights and the optimizer, and return the Trainer's state.
+
+    Args:
+        strict: whether the names must be those of the model exactly. Shapes must in any case.
+        weights_only: ``False`` lets the Trainer's state hold any Python object, which runs code of whoever wrote it;
+            otherwise only plain containers, numbers and tensors load.
+
+    Raises:
+        CheckpointError: no whole checkpoint, a damaged one, or one of another model.
+    """
+    what = f"Loading the checkpoint {path}"
+    metadata, lightning, files = team.do(what, lambda: _open(path, weights_only))
+    with_optimizer = state.optimizer is not None and "optimizer_states" in lightning
+    weights = list(state.wanted_weights())
+    moments = list(state.wanted_moments()) if with_optimizer else []
+    _check_names(path, weights, moments, files, team, strict, _same_vocabulary(metadata.model, model))
+
+    def fill() -> None:
+        _fill(files, weights)
+        state.masters_from_weights()
+        _fill(files, state.wanted_masters())
+        _fill(files, moments)
+
+    with torch.no_grad():
+        team.do(what, fill)
+    if with_optimizer and state.optimizer is not None:
+        facts = lightning["optimizer_states"][0]
+        state.restore_steps(facts["step"], facts["steps"])
+        optimizer_state.restore_facts(state.optimizer.core, facts)
+        if metadata.layout == layout.as_dict() and metadata.world_size == team.size:
+            rng.restore(_random_states(files, team.rank))
+    return lightning
+
+
+def load_weights(
+    path: Path,
+    state: RunState,
+    model: dict[str, Any],
+    team: Team,
+    *,
+    include: Sequence[str],
+    exclude: Sequence[str],
+) -> list[str]:
+    """Fill the weights whose names match a pattern of ``include`` and none of ``exclude``; their names, of all ranks.
+
+    Raises:
+        CheckpointError: a weight that was asked for is missing there or has another shape, or none was asked for.
+    """
+    what = f"Loading weights of {path}"
+    metadata, _, files = team.do(what, lambda: _open(path, None))
+
+    def asked_for(name: str) -> bool:
+        return any(fnmatchcase(name, p) for p in include) and not any(fnmatchcase(name, p) for p in exclude)
+
+    weights = [wanted for wanted in state.wanted_weights() if asked_for(wanted.shard.key)]
+    local = shapes(wanted.shard for wanted in weights)
+    everywhere = {name: shape for part in team.share(local) for name, shape in part.items()}
+    if not everywhere:
+        raise CheckpointError(f"No weight of the model matches {list(include)} without {list(exclude)}.")
+    saved = {name: shape for name, shape in files.shapes.items() if not name.startswith((OPTIMIZER_PREFIX, RNG))}
+    found = Mismatch.between(everywhere, saved, same_vocabulary=_same_vocabulary(metadata.model, model))
+    if found.missing or found.reshaped:
+        raise CheckpointError(found.describe(path))
+
+    def fill() -> None:
+        _fill(files, weights)
+        state.masters_from_weights()
+        _fill(files, (wanted for wanted in state.wanted_masters() if asked_for(wanted.sources[-1])))
+
+    with torch.no_grad():
+        team.do(what, fill)
+    return sorted(everywhere)
+
+
+def _open(path: Path, weights_only: bool | None) -> tuple[CheckpointMetadata, dict[str, Any], ShardFiles]:
+    recover(path)
+    metadata = CheckpointMetadata.read(path)
+    for name, total in metadata.files.items():
+        size = (path / name).stat().st_size if (path / name).is_file() else None
+        if size != total.size:
+            found = "is missing" if size is None else f"has {size} bytes instead of {total.size}"
+            raise CheckpointError(f"The checkpoint {path} is damaged: {name} {found}.")
+    return metadata, _load_lightning(path / LIGHTNING_FILE, weights_only), ShardFiles.open(path)
 
 
 def _load_lightning(file: Path, weights_only: bool | None) -> dict[str, Any]:
@@ -186,23 +255,58 @@ def _load_lightning(file: Path, weights_only: bool | None) -> dict[str, Any]:
             f"{file} holds Python objects other than plain containers, numbers and tensors, which could run code. If "
             f"you trust it, pass weights_only=False. ({str(error).splitlines()[0]})"
         ) from error
+    except (RuntimeError, EOFError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
 
 
-def _replace(source: Path, target: Path) -> None:
-    """Put ``source`` in ``target``'s place; at every moment one of the two names holds a whole checkpoint."""
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.rename(target, old)
-    os.rename(source, target)
-    shutil.rmtree(old, ignore_errors=True)
+def _check_names(
+    path: Path,
+    weights: list[Wanted],
+    moments: list[Wanted],
+    files: ShardFiles,
+    team: Team,
+    strict: bool,
+    same_vocabulary: bool,
+) -> None:
+    """Compare names and shapes, and say the same on every rank."""
+    local = shapes(wanted.shard for wanted in (*weights, *moments))
+    wanted = {name: shape for part in team.share(local) for name, shape in part.items()}
+    # The state of an optimizer that this run lacks is no reason to refuse its weights.
+    prefixes = tuple(
+        {f"{OPTIMIZER_PREFIX}{name.split('.')[2]}." for name in wanted if name.startswith(OPTIMIZER_PREFIX)}
+    )
+    hidden = (OPTIMIZER_PREFIX, RNG)
+    saved = {
+        name: shape
+        for name, shape in files.shapes.items()
+        if not name.startswith(hidden) or (prefixes and name.startswith(prefixes))
+    }
+    found = Mismatch.between(wanted, saved, same_vocabulary=same_vocabulary)
+    if found.reshaped or (strict and found):
+        raise CheckpointError(found.describe(path))
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in ("lightning-megatron", "megatron-core", "lightning", "torch"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+def _same_vocabulary(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    sizes = [(description.get("config") or {}).get("vocab_size") for description in (one, other)]
+    return None in sizes or sizes[0] == sizes[1]
+
+
+def _fill(files: ShardFiles, all_wanted: Iterable[Wanted]) -> None:
+    for wanted in all_wanted:
+        key = next((key for key in wanted.sources if key in files.shapes), None)
+        if key is not None:
+            shard = wanted.shard
+            copied = files.read(key, shard.box, shard.tensor)
+            if copied < shard.box.numel and not shard.resizable:
+                raise CheckpointError(
+                    f"{files.directory} has only {copied} of the {shard.box.numel} elements of {key}."
+                )
+
+
+def _random_states(files: ShardFiles, rank: int) -> dict[str, Tensor]:
+    prefix = f"{RNG}{rank}."
+    return {
+        key.removeprefix(prefix): files.load(chunks[0]).clone()
+        for key, chunks in files.chunks.items()
+        if key.startswith(prefix)
+    }

@@ -3,36 +3,61 @@
 from __future__ import annotations
 
 import json
+import zlib
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from lightning_megatron.errors import CheckpointError
 
 FILE = "lightning_megatron.json"
-FORMAT = 1
+FORMAT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class FileSum:
+    """Size and CRC-32 of a file."""
+
+    size: int
+    crc32: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileSum:
+        """Read a file and sum it."""
+        crc32 = size = 0
+        with open(path, "rb", buffering=0) as file:
+            while block := file.read(1 << 22):
+                crc32, size = zlib.crc32(block, crc32), size + len(block)
+        return cls(size, crc32)
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointMetadata:
-    """The model, the layout that wrote it, and the versions; written last, so its presence means a whole checkpoint."""
+    """The model, the layout that wrote it, the versions, and a checksum of every other file of the directory.
+
+    Written last, so its presence means a whole checkpoint.
+    """
 
     model: dict[str, Any]
     layout: dict[str, Any]
     world_size: int
     versions: dict[str, str] = field(default_factory=dict)
+    files: dict[str, FileSum] = field(default_factory=dict)
     format: int = FORMAT
 
     def write(self, directory: Path) -> None:
         """Write the file into ``directory``."""
-        (directory / FILE).write_text(json.dumps(asdict(self), indent=2, default=str) + "\n")
+        data = asdict(self)
+        data["crc32"] = _crc32(data)
+        (directory / FILE).write_text(json.dumps(data, indent=2, default=str) + "\n")
 
     @classmethod
     def read(cls, directory: Path) -> CheckpointMetadata:
         """The metadata of the checkpoint in ``directory``.
 
         Raises:
-            CheckpointError: there is no whole checkpoint of ours there, or it is of a newer format.
+            CheckpointError: there is no whole checkpoint of ours there, it is damaged, or of another format.
         """
         if not directory.exists():
             raise CheckpointError(f"There is no checkpoint at {directory}.")
@@ -41,10 +66,32 @@ class CheckpointMetadata:
             raise CheckpointError(
                 f"{directory} is no whole checkpoint of lightning_megatron: it is {kind} {FILE}, which is written last."
             )
-        data = json.loads((directory / FILE).read_text())
-        if data.get("format", 0) > FORMAT:
+        try:
+            data = json.loads((directory / FILE).read_text())
+            found = data.get("format", 0)
+        except (ValueError, AttributeError) as error:
+            raise CheckpointError(f"{directory / FILE} is damaged: {error}.") from error
+        if found != FORMAT:
+            advice = "Upgrade lightning_megatron" if found > FORMAT else "Load it with the version that wrote it"
             raise CheckpointError(
-                f"{directory} has format {data['format']}, but this version of lightning_megatron reads up to "
-                f"{FORMAT}. Upgrade lightning_megatron."
+                f"{directory} has format {found}, but this version of lightning_megatron reads {FORMAT}. {advice}."
             )
-        return cls(**data)
+        if data.pop("crc32", None) != _crc32(data):
+            raise CheckpointError(f"{directory / FILE} is damaged: its own checksum does not match.")
+        files = {name: FileSum(**total) for name, total in data.pop("files").items()}
+        return cls(**data, files=files)
+
+
+def _crc32(data: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(data, sort_keys=True, default=str).encode())
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide what a checkpoint looks like."""
+    found = {}
+    for package in ("lightning-megatron", "megatron-core", "lightning", "torch"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

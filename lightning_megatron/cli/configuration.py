@@ -185,7 +185,7 @@ def check(config: DictConfig) -> None:
             if str(name).startswith("_"):
                 continue
             if name not in hints and not takes_any:
-                near = _nearest(str(name), list(hints))
+                near = _nearest(field, [f"{path}.{hint}" if path else hint for hint in hints])
                 raise ConfigurationError(f"{node['_target_']} has no field {field!r}.{near}")
             if OmegaConf.is_missing(node, name):
                 raise ConfigurationError(f"{field} has no value. Give it one: {field}=...")

@@ -155,8 +155,8 @@ class BertChunk(VocabularyLoss):
             lm_labels: ``[batch, sequence]``
 
         Returns:
-            On the last stage losses ``[batch, sequence]`` (without labels logits ``[batch, sequence, padded_vocabulary /
-            tensor_parallel]``) and the logits of the binary head ``[batch, 2]`` or ``None``; in fine-tuning logits
+            On the last stage losses ``[batch, sequence]`` (without labels logits ``[batch, sequence, padded_vocabulary
+            / tensor_parallel]``) and the logits of the binary head ``[batch, 2]`` or ``None``; in fine-tuning logits
             ``[batch, num_labels]``; on other stages states ``[sequence, batch, hidden]``.
         """
         states = None

@@ -30,12 +30,12 @@ class BertModule(LanguageModelModule):
 
     - ``text``, ``types``, ``labels``, ``loss_mask``, ``padding_mask`` and ``is_random`` ``[batch]``: what
       :mod:`lightning_megatron.data` and megatron-core's datasets yield; or
-    - ``input_ids``, ``labels`` (-100 where no token was masked), and optional ``attention_mask``, ``token_type_ids`` and
-      ``next_sentence_label`` ``[batch]``: what Hugging Face's collators yield.
+    - ``input_ids``, ``labels`` (-100 where no token was masked), and optional ``attention_mask``, ``token_type_ids``
+      and ``next_sentence_label`` ``[batch]``: what Hugging Face's collators yield.
 
-    With ``BertConfig(num_labels=...)`` a sequence is classified: ``input_ids`` as above, and ``labels`` that are ``[batch]``
-    numbers for regression (``num_labels=1``, mean squared error), ``[batch]`` whole numbers for classes (cross entropy), or
-    ``[batch, num_labels]`` for classes that do not exclude each other (binary cross entropy).
+    With ``BertConfig(num_labels=...)`` a sequence is classified: ``input_ids`` as above, and ``labels`` that are
+    ``[batch]`` numbers for regression (``num_labels=1``, mean squared error), ``[batch]`` whole numbers for classes
+    (cross entropy), or ``[batch, num_labels]`` for classes that do not exclude each other (binary cross entropy).
     """
 
     data_on_every_stage = True  # every layer needs the padding mask

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_megatron.backends.core import GPTModel
 from lightning_megatron.backends.core import TransformerConfig as CoreConfig
 from lightning_megatron.models.config import GPTConfig
+from lightning_megatron.models.fused import FusedLoss, TensorParallel
 from lightning_megatron.models.specs import gpt_block_spec
 from lightning_megatron.models.transformer_config import BuildContext, Stage, transformer_config
 from lightning_megatron.models.vocabulary import VocabularyLoss
@@ -33,13 +35,15 @@ def gpt_core_config(config: GPTConfig, context: BuildContext) -> CoreConfig:
 class GPTChunk(VocabularyLoss, GPTModel):
     """One chunk of a GPT: all of it, or the layers of one (virtual) pipeline stage."""
 
-    def __init__(self, config: GPTConfig, core_config: CoreConfig, context: BuildContext, stage: Stage) -> None:
+    def __init__(
+        self, config: GPTConfig, core_config: CoreConfig, context: BuildContext, stage: Stage, *, fused: bool
+    ) -> None:
         torch.manual_seed(context.seed)  # the first and the last stage draw the same tied embedding
         alibi = config.position_embedding_type == "alibi"
         GPTModel.__init__(
             self,
             core_config,
-            gpt_block_spec(core_config, context.seed, stage.vp_stage, alibi=alibi),
+            gpt_block_spec(core_config, context.seed, stage.vp_stage, alibi=alibi, fused=fused),
             vocab_size=config.padded_vocab_size(context.layout.tensor_model_parallel_size),
             max_sequence_length=config.max_position_embeddings,
             pre_process=stage.pre_process,
@@ -55,3 +59,14 @@ class GPTChunk(VocabularyLoss, GPTModel):
             vp_stage=stage.vp_stage,
         )
         self.set_vocabulary(config, context)
+        self._fused_loss = None
+        if fused:
+            ranks = context.groups.tp.size()
+            parallel = TensorParallel(context.groups.tp, ranks, context.layout.sequence_parallel)
+            self._fused_loss = FusedLoss(config.vocab_size, config.padded_vocab_size(ranks), parallel)
+
+    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """As megatron-core's; with ``labels``, the loss of each token without ever holding all logits in float32."""
+        if labels is not None and self._fused_loss is not None and self.kept_logits is None:
+            kwargs["output_processor"] = self._fused_loss
+        return super().forward(*args, labels=labels, **kwargs)

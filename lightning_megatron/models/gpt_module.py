@@ -36,10 +36,13 @@ class GPTModule(LanguageModelModule):
     - ``text`` of ``sequence + 1`` tokens, as Megatron-LM's and Accelerate's datasets yield.
 
     With any of them, ``document_ids`` number the documents of a sample, which attention then does not look beyond; or
-    an ``attention_mask`` of ``[batch, sequence, sequence]`` or ``[batch, 1, sequence, sequence]``, ``True`` where a key is
-    hidden, hides more than the future. Every layer needs these two, so with more than two pipeline stages they need
+    an ``attention_mask`` of ``[batch, sequence, sequence]`` or ``[batch, 1, sequence, sequence]``, ``True`` where a key
+    is hidden, hides more than the future. Every layer needs these two, so with more than two pipeline stages they need
     ``data_on_every_stage=True``.
     """
+
+    fused: bool | None = None
+    """Run layers and loss as fused kernels (:mod:`lightning_megatron.models.fused`); ``None`` means on CUDA."""
 
     supports_context_parallel = True
     config: GPTConfig
@@ -60,7 +63,8 @@ class GPTModule(LanguageModelModule):
     def build_chunks(self, context: BuildContext) -> list[torch.nn.Module]:
         self.check_layout(context)
         core_config = gpt_core_config(self.config, context)
-        return [GPTChunk(self.config, core_config, context, stage) for stage in context.stages]
+        fused = context.device.type == "cuda" if self.fused is None else self.fused
+        return [GPTChunk(self.config, core_config, context, stage, fused=fused) for stage in context.stages]
 
     @override
     def forward_step(self, chunk: torch.nn.Module, microbatch: dict[str, Any]) -> Tensor:

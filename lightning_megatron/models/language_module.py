@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, override
@@ -13,10 +14,13 @@ from torch import Tensor
 from lightning_megatron.errors import DataError, LayoutError
 from lightning_megatron.models.config import TransformerModelConfig
 from lightning_megatron.models.context_parallel import cut_sequence, restore_sequence
+from lightning_megatron.models.parameters import parameter_report
 from lightning_megatron.models.transformer_config import BuildContext
 from lightning_megatron.module import MegatronModule
 from lightning_megatron.optim.config import OptimizerConfig
 from lightning_megatron.schedule import Batch
+
+logger = logging.getLogger(__name__)
 
 ReturnLogits = bool | Literal["every_rank"]
 
@@ -30,8 +34,8 @@ class LanguageModelModule(MegatronModule):
         return_logits: let ``validation_step`` and ``test_step`` return ``{"loss": ..., "logits": ...}``. Logits are
             ``[batch, sequence, vocabulary]`` for all samples of this data-parallel rank, gathered over tensor- and
             context-parallel ranks, without the padding of the vocabulary. They are on the ranks of the last pipeline
-            stage and ``None`` on others, or on all with ``"every_rank"``. ``predict_step`` then returns the same instead of
-            generating.
+            stage and ``None`` on others, or on all with ``"every_rank"``. ``predict_step`` then returns the same
+            instead of generating.
         data_on_every_stage: give middle pipeline stages the batch too, for masks that every layer needs.
     """
 
@@ -51,6 +55,14 @@ class LanguageModelModule(MegatronModule):
         self.return_logits = return_logits
         if data_on_every_stage is not None:
             self.data_on_every_stage = data_on_every_stage
+
+    @override
+    def configure_model(self) -> None:
+        built = self._built_in
+        super().configure_model()
+        groups = self.strategy.build_context.groups
+        if self._built_in is not built and groups.dp_cp.rank() == 0:
+            logger.info(parameter_report(self.chunks, groups.tp.rank(), groups.pp.rank()))
 
     # --------------------------------------------------------------------- logits
 

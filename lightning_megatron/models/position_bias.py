@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_megatron.backends.core import CoreModule, ProcessGroupCollection, TransformerConfig, divide
+from lightning_megatron.backends.core import (
+    CoreModule,
+    ProcessGroupCollection,
+    TransformerConfig,
+    divide,
+    make_sharded_tensors_for_checkpoint,
+)
 
 # A bias that depends on the distance between key and query alone is kept as one row per head,
 # `[heads, 2 * length - 1]`, whose middle column is distance zero; attention looks distances up in it.
@@ -57,8 +64,9 @@ class RelativePositionBias(CoreModule):
     """T5's learned bias of attention scores by bucket of distance, for the heads of this tensor-parallel rank.
 
     Every pipeline stage holds the same table, since every layer adds the bias. The marks on the weight let
-    megatron-core sum its gradient over stages (``has_cond_embedder``), count it once in the gradient's norm (``shared``), and give
-    it a bucket of its own in the distributed optimizer, so that all stages shard it alike (``shared_embedding``).
+    megatron-core sum its gradient over stages (``has_cond_embedder``), count it once in the gradient's norm
+    (``shared``), and give it a bucket of its own in the distributed optimizer, so that all stages shard it alike
+    (``shared_embedding``).
 
     Args:
         bidirectional: whether keys after a query have buckets, as in an encoder.
@@ -92,6 +100,24 @@ class RelativePositionBias(CoreModule):
             self.weight.shared_embedding = True  # type: ignore[attr-defined]
             self.weight.shared = not canonical  # type: ignore[attr-defined]
         self._buckets: Tensor | None = None
+        self._groups, self._canonical = groups, canonical
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """One table, cut by heads; of the copies that stages hold, the first stage's is written."""
+        groups = self._groups
+        state = make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"weight": 1},
+            sharded_offsets,
+            tp_group=groups.tp,
+            dp_cp_group=(metadata or {}).get("dp_cp_group", groups.dp_cp),
+        )
+        for shard in state.values():
+            shard.replica_id = (0 if self._canonical else 1, *shard.replica_id[1:])
+        return state
 
     def forward(self, length: int) -> Tensor:
         """``[heads, 2 * length - 1]`` for sequences of up to ``length`` tokens."""

@@ -23,6 +23,7 @@ from lightning_megatron.backends.core import (
     tensor_parallel,
 )
 from lightning_megatron.models.attention import SDPACoreAttention
+from lightning_megatron.models.fused import FusedTransformerLayer
 
 
 class TorchNorm:
@@ -64,6 +65,10 @@ class SeededTransformerLayer(TransformerLayer):
         torch.manual_seed(seed + 1)
 
 
+class SeededFusedLayer(SeededTransformerLayer, FusedTransformerLayer):
+    """The same weights, run as fused blocks."""
+
+
 def layer_seed(seed: int, number: int) -> int:
     """The seed of the weights of layer ``number``, counted from one over all stages; 0 is for what is not a layer."""
     return seed + 7919 * number
@@ -100,13 +105,14 @@ def self_attention_submodules(submodules: Any, core_attention: Any = SDPACoreAtt
 
 
 def gpt_block_spec(
-    config: TransformerConfig, seed: int, vp_stage: int | None = None, *, alibi: bool = False
+    config: TransformerConfig, seed: int, vp_stage: int | None = None, *, alibi: bool = False, fused: bool = False
 ) -> TransformerBlockSubmodules:
-    """The decoder layers of one chunk of a GPT."""
+    """The decoder layers of one chunk of a GPT. ``fused`` runs them as :mod:`lightning_megatron.models.fused` does."""
     submodules = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=False).submodules
     core_attention = partial(SDPACoreAttention, alibi=True) if alibi else SDPACoreAttention
     submodules = self_attention_submodules(submodules, core_attention)
-    layer = ModuleSpec(module=SeededTransformerLayer, submodules=submodules, params={"seed": seed})
+    module = SeededFusedLayer if fused else SeededTransformerLayer
+    layer = ModuleSpec(module=module, submodules=submodules, params={"seed": seed})
     count = get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=TorchNorm)
 

@@ -1,9 +1,9 @@
 """T5 with pipeline parallelism.
 
 megatron-core's schedules send one tensor from stage to stage, and its own T5 has two, so it runs on one stage only.
-Here encoder and decoder states travel as one tensor ``[encoder_sequence + decoder_sequence, batch, hidden]``: the layers
-of the encoder, then those of the decoder, are one list that stages share. A stage of encoder layers carries the decoder's
-embeddings on; a stage of decoder layers carries the encoder's output, which each of them attends to.
+Here encoder and decoder states travel as one tensor ``[encoder_sequence + decoder_sequence, batch, hidden]``: the
+layers of the encoder, then those of the decoder, are one list that stages share. A stage of encoder layers carries the
+decoder's embeddings on; a stage of decoder layers carries the encoder's output, which each of them attends to.
 """
 
 from __future__ import annotations

@@ -29,8 +29,9 @@ class T5Module(LanguageModelModule):
 
     A batch holds, sequences first after the batch:
 
-    - ``input_ids``, ``labels`` (-100 where they do not count) and optional ``attention_mask`` and ``decoder_input_ids``:
-      what Hugging Face's collators yield. Without ``decoder_input_ids`` labels are shifted right, from token 0; or
+    - ``input_ids``, ``labels`` (-100 where they do not count), and optional ``attention_mask`` and
+      ``decoder_input_ids``: what Hugging Face's collators yield. Without ``decoder_input_ids`` labels are shifted
+      right, from token 0; or
     - ``text_enc``, ``text_dec``, ``labels``, ``loss_mask``, and ``enc_mask``, ``dec_mask`` of ones where tokens are
       real: what :mod:`lightning_megatron.data` and megatron-core's datasets yield. Masks of all pairs of tokens,
       ``[batch, sequence, sequence]``, are reduced to the tokens that any query may see.

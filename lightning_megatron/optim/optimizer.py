@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from lightning_megatron.backends import distributed_optimizer
 from lightning_megatron.backends.core import (
     CoreOptimizerConfig,
     OptimizerParamScheduler,
@@ -33,7 +32,9 @@ class MegatronOptimizer(torch.optim.Optimizer):
         self.grad_norm: torch.Tensor | float | None = None
         """Global norm of the last step's gradient before clipping; ``None`` if the step was skipped."""
         self.skipped = False
-        """Whether the last step was skipped because a gradient overflowed in fp16."""
+        """Whether the last step was skipped because a gradient overflowed in fp16, or by ``skip_next``."""
+        self.skip_next = False
+        """Set while the closure runs, makes this step leave everything as it is (``callbacks.NonFinite`` does so)."""
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -60,13 +61,16 @@ class MegatronOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Run the closure (the whole schedule), then clip and update."""
         loss = closure() if closure is not None else None
+        if self.skip_next:
+            self.skip_next, self.skipped, self.grad_norm = False, True, None
+            return loss
         with cuda_type_names():
             success, self.grad_norm, _ = self.core.step()
         self.skipped = not success
         return loss
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
-        """Empty: the strategy saves the sharded state itself."""
+        """Empty: the strategy saves the state in shards (:mod:`lightning_megatron.checkpoint`)."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
@@ -82,16 +86,6 @@ class MegatronOptimizer(torch.optim.Optimizer):
             "Parameters cannot join a Megatron optimizer later. Freeze them with requires_grad=False in "
             "configure_model, before the optimizer is built, and start a new fit to unfreeze them."
         )
-
-    def sharded_state_dict(self, model_state: dict[str, Any], *, is_loading: bool, metadata: dict[str, Any]) -> Any:
-        """The state as megatron-core's sharded tensors, to save or to be filled by a load."""
-        distributed_optimizer.initialise_state(self.core)
-        with distributed_optimizer.corrected(), cuda_type_names():
-            return self.core.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
-
-    def load_sharded_state(self, state: Any) -> None:
-        """Take over a state that :meth:`sharded_state_dict` described and a load filled."""
-        distributed_optimizer.load(self.core, state)
 
 
 class MegatronScheduler(torch.optim.lr_scheduler.LRScheduler):

@@ -1,0 +1,321 @@
+"""The files of shards: torch's distributed checkpoint format, which is megatron-core's, written and read safely.
+
+Each rank writes one file, in which each shard is what ``torch.save`` makes of one tensor. ``.metadata`` is the index:
+pickled dataclasses of torch. It is read with an allow-list of those classes, and shards are read as bytes, so a
+checkpoint cannot run code.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import pickle
+import zipfile
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo  # what every index of this format holds
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from lightning_megatron.backends.shards import Box, Shard, Sizes
+from lightning_megatron.errors import CheckpointError
+
+INDEX_FILE = ".metadata"
+_CORE_FILES = {
+    "metadata.json": '{"sharded_backend": "torch_dist", "sharded_backend_version": 1, '
+    '"common_backend": "torch", "common_backend_version": 1}',
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredChunk:
+    """Where a box of a tensor lies."""
+
+    key: str
+    box: Box
+    file: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenFile:
+    """A file of shards: its size, its checksum, and where each shard of it lies, in order."""
+
+    name: str
+    size: int
+    crc32: int
+    ends: tuple[int, ...]
+    """End of each shard; the first starts at 0."""
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+class _Summing:
+    """A file to write to that sums what goes through."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.crc32 = 0
+        self.size = 0
+
+    def write(self, data: Any) -> int:
+        self.crc32 = zlib.crc32(data, self.crc32)
+        self.size += len(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def write_file(path: Path, tensors: Iterable[Tensor]) -> WrittenFile:
+    """Write tensors one after the other, to the disk and not only to its cache."""
+    ends = []
+    with open(path, "wb", buffering=0) as file:
+        summing = _Summing(file)
+        for tensor in tensors:
+            # torch.save writes all of a tensor's storage, and a shard may be a small view of a large buffer.
+            whole = (
+                tensor.device.type == "cpu" and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
+            )
+            staged = tensor.detach() if whole and tensor.is_contiguous() else tensor.detach().cpu().clone()
+            torch.save(staged.contiguous(), summing)  # type: ignore[arg-type]
+            ends.append(summing.size)
+        os.fsync(file.fileno())
+    return WrittenFile(path.name, summing.size, summing.crc32, tuple(ends))
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What the index tells of a shard."""
+
+    key: str
+    global_shape: Sizes
+    box: Box
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, shard: Shard) -> Outline:
+        """The outline of a shard."""
+        return cls(shard.key, shard.global_shape, shard.box, shard.tensor.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.box.numel * self.dtype.itemsize
+
+
+def share_out(ranks: Sequence[Sequence[Outline]]) -> list[list[int]]:
+    """Which of its shards each rank writes, so that each box is written once and all ranks write about as much."""
+    holders: dict[tuple[str, Box], list[tuple[int, int]]] = defaultdict(list)
+    for rank, outlines in enumerate(ranks):
+        for index, outline in enumerate(outlines):
+            holders[outline.key, outline.box].append((rank, index))
+    load = [0] * len(ranks)
+    chosen: list[list[int]] = [[] for _ in ranks]
+    largest_first = sorted(holders.values(), key=lambda at: -ranks[at[0][0]][at[0][1]].nbytes)
+    for candidates in largest_first:
+        rank, index = min(candidates, key=lambda at: load[at[0]])
+        load[rank] += ranks[rank][index].nbytes
+        chosen[rank].append(index)
+    return [sorted(indices) for indices in chosen]
+
+
+def write_index(directory: Path, files: Iterable[tuple[WrittenFile, Sequence[Outline]]]) -> None:
+    """The index of all ranks' files, and the two files that megatron-core looks for beside it."""
+    tensors: dict[str, Any] = {}
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    for file, outlines in files:
+        start = 0
+        for outline, end in zip(outlines, file.ends, strict=True):
+            tensor = tensors.get(outline.key)
+            if tensor is None:
+                properties = TensorProperties(dtype=outline.dtype)
+                tensor = TensorStorageMetadata(properties, torch.Size(outline.global_shape), [])
+                tensors[outline.key] = tensor
+            offsets, sizes = torch.Size(outline.box.offsets), torch.Size(outline.box.sizes)
+            places[MetadataIndex(outline.key, offsets, len(tensor.chunks))] = _StorageInfo(
+                file.name, start, end - start
+            )
+            tensor.chunks.append(ChunkStorageMetadata(offsets, sizes))
+            start = end
+    with open(directory / INDEX_FILE, "wb") as index:
+        pickle.dump(Metadata(tensors, storage_data=places), index)
+    for name, text in _CORE_FILES.items():
+        (directory / name).write_text(text)
+    torch.save({}, directory / "common.pt")
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Builds torch's dataclasses of a checkpoint's index, and nothing else."""
+
+    MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+    NAMES = frozenset(
+        (
+            *("Metadata", "MetadataIndex", "TensorStorageMetadata", "ChunkStorageMetadata", "BytesStorageMetadata"),
+            *("TensorProperties", "_MEM_FORMAT_ENCODING", "StorageMeta", "_StorageInfo", "_StoragePrefix"),
+        )
+    )
+    OTHERS = frozenset(
+        (
+            *(("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")),
+            # Megatron-LM's own remarks in its indices.
+            *(("pathlib", "PosixPath"), ("pathlib", "Path"), ("pathlib._local", "PosixPath")),
+        )
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if dtype or (module in self.MODULES and name in self.NAMES) or (module, name) in self.OTHERS:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+@dataclass(frozen=True)
+class ShardFiles:
+    """The tensors of a checkpoint directory."""
+
+    directory: Path
+    shapes: dict[str, Sizes]
+    dtypes: dict[str, torch.dtype]
+    chunks: dict[str, list[StoredChunk]]
+
+    @classmethod
+    def open(cls, directory: Path) -> ShardFiles:
+        """Read the index.
+
+        Raises:
+            CheckpointError: no index, a damaged one, or one that holds something other than an index.
+        """
+        try:
+            index = _IndexUnpickler(BytesIO((directory / INDEX_FILE).read_bytes())).load()
+            shapes = {key: tuple(tensor.size) for key, tensor in _tensors(index)}
+            dtypes = {key: tensor.properties.dtype for key, tensor in _tensors(index)}
+            chunks: dict[str, list[StoredChunk]] = {key: [] for key in shapes}
+            sizes = {
+                (key, tuple(chunk.offsets)): tuple(chunk.sizes)
+                for key, tensor in _tensors(index)
+                for chunk in tensor.chunks
+            }
+            for at, place in index.storage_data.items():
+                if at.fqn in chunks:
+                    offsets = tuple(at.offset or ())
+                    box = Box(offsets, sizes[at.fqn, offsets])
+                    chunks[at.fqn].append(
+                        StoredChunk(at.fqn, box, str(place.relative_path), int(place.offset), int(place.length))
+                    )
+            return cls(directory, shapes, dtypes, chunks)
+        except OSError as error:
+            raise CheckpointError(f"{directory} has no readable index {INDEX_FILE}: {error}") from error
+        except Exception as error:  # a damaged pickle raises almost anything
+            raise CheckpointError(f"The index {directory / INDEX_FILE} is damaged or unsafe: {error}.") from error
+
+    @cached_property
+    def _maps(self) -> dict[str, memoryview]:
+        return {}
+
+    def _map(self, name: str) -> memoryview:
+        if name not in self._maps:
+            path = self.directory / name
+            if path.parent != self.directory:
+                raise CheckpointError(f"{self.directory} names a file outside of it: {name}.")
+            try:
+                with open(path, "rb") as file:
+                    self._maps[name] = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"{path}, which holds shards, cannot be read: {error}.") from error
+        return self._maps[name]
+
+    def read(self, key: str, box: Box, into: Tensor) -> int:
+        """Copy what the checkpoint has of a box, casting to the type of ``into``.
+
+        Returns:
+            How many elements it had.
+
+        Raises:
+            CheckpointError: a file is missing, cut short or damaged.
+        """
+        copied = 0
+        for chunk in self.chunks[key]:
+            if (common := box.intersect(chunk.box)) is not None:
+                box.view(into, common).copy_(chunk.box.view(self.load(chunk), common))
+                copied += common.numel
+        return copied
+
+    def load(self, chunk: StoredChunk) -> Tensor:
+        """The tensor of one stored chunk, in the file's memory where possible; not to be written to."""
+        data = self._map(chunk.file)[chunk.start : chunk.start + chunk.length]
+        if len(data) != chunk.length:
+            raise CheckpointError(f"{self.directory / chunk.file} is cut short, before the end of {chunk.key}.")
+        dtype, numel = self.dtypes[chunk.key], math.prod(chunk.box.sizes)
+        try:
+            values = _payload(data, numel * dtype.itemsize)
+            if values is not None:
+                return torch.frombuffer(values, dtype=dtype, count=numel).view(chunk.box.sizes)
+            return torch.load(BytesIO(data), map_location="cpu", weights_only=True).view(chunk.box.sizes)
+        except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+            raise CheckpointError(
+                f"{self.directory / chunk.file} is damaged in {chunk.key} {list(chunk.box.offsets)}: {error}"
+            ) from error
+
+
+def _tensors(index: Metadata) -> Iterable[tuple[str, TensorStorageMetadata]]:
+    return ((k, v) for k, v in index.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata))
+
+
+class _View:
+    """A file over bytes that copies only what is read."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._data, self._at = data, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = (0, self._at, len(self._data))[whence] + offset
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        end = len(self._data) if size < 0 else self._at + size
+        data = bytes(self._data[self._at : end])
+        self._at += len(data)
+        return data
+
+
+def _payload(data: memoryview, size: int) -> memoryview | None:
+    """The bytes of the one contiguous tensor in a ``torch.save`` archive, verified; ``None`` for other archives."""
+    if size == 0:
+        return None
+    with zipfile.ZipFile(_View(data)) as archive:
+        storages = [info for info in archive.infolist() if "/data/" in info.filename]
+    if len(storages) != 1 or storages[0].file_size != size or storages[0].compress_type != zipfile.ZIP_STORED:
+        return None
+    header = storages[0].header_offset
+    name, extra = (int.from_bytes(data[header + at : header + at + 2], "little") for at in (26, 28))
+    payload = data[header + 30 + name + extra :][:size]
+    if zlib.crc32(payload) != storages[0].CRC:
+        raise ValueError("its checksum does not match.")
+    return payload
