@@ -97,7 +97,11 @@ def _agreed(
     try:
         config = GenerationConfig(**options) if config is None else config.replace(**options)
         lists = check_prompts(
-            as_lists(prompts), config, vocab_size=decoder.vocab_size, max_positions=decoder.max_positions
+            as_lists(prompts),
+            config,
+            vocab_size=decoder.vocab_size,
+            max_positions=decoder.max_positions,
+            encoder=decoder.is_encoder_decoder,
         )
     except ValueError as error:
         problem = str(error)

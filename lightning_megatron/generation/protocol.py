@@ -26,9 +26,11 @@ class Step:
     offset: int | None
     """The first position if all rows agree, so that slices can do what indices otherwise must."""
     visible: Tensor | None = None
-    """``[rows, 1, 1, keys]``, ``True`` where a new token may look; ``None`` when it may look at every key."""
+    """``[rows, 1, 1, keys]``, ``True`` where a new token, or one of an encoder, may look; ``None`` is everywhere."""
     last: Tensor | None = None
     """``[rows]``: in a prompt, which position's logits are wanted. ``None`` is the only one."""
+    encoding: bool = False
+    """Whether an encoder reads what the decoder will look back at."""
 
     @property
     def is_prompt(self) -> bool:
@@ -47,11 +49,13 @@ class Decoder(Protocol):
     vocab_size: int
     max_positions: int
     """The longest sequence."""
+    is_encoder_decoder: bool
+    """Whether the model first runs with ``Step.encoding`` over the prompts; that pass gives nothing."""
     dtype: torch.dtype
     device: torch.device
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
-        """What the decoder reads first: the prompts. An encoder-decoder encodes them, and its decoder reads a start."""
+        """What the decoder reads first: the prompts, or the start token of an encoder-decoder for each."""
         ...
 
     def cache_bytes(self, rows: int, slots: int) -> int:

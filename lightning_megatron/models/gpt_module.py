@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, override
 import torch
 from torch import Tensor
 
-from lightning_megatron.errors import DataError, ModuleError
+from lightning_megatron.errors import DataError
 from lightning_megatron.models.config import GPTConfig
 from lightning_megatron.models.gpt import GPTChunk, gpt_core_config
 from lightning_megatron.models.language_module import LanguageModelModule, ReturnLogits
@@ -159,8 +159,6 @@ class GPTModule(LanguageModelModule):
     def build_decoder(self) -> Decoder:
         from lightning_megatron.generation.gpt import GPTDecoder
 
-        if self.config.position_embedding_type == "alibi":
-            raise ModuleError("Generation has no ALiBi yet: position_embedding_type='alibi' trains and evaluates only.")
         return GPTDecoder(list(self.chunks), self.config, self.strategy.build_context.groups)
 
 

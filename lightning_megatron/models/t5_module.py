@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, override
+from typing import TYPE_CHECKING, Any, override
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from lightning_megatron.models.t5 import T5Chunk, t5_core_config
 from lightning_megatron.models.transformer_config import BuildContext
 from lightning_megatron.optim.config import OptimizerConfig
 from lightning_megatron.schedule import Loss
+
+if TYPE_CHECKING:
+    from lightning_megatron.generation import Decoder
 
 _IGNORED = -100
 _MEGATRON = {"text_enc", "text_dec", "labels", "loss_mask", "enc_mask", "dec_mask"}
@@ -97,6 +100,12 @@ class T5Module(LanguageModelModule):
         for name in ("encoder_tokens", "decoder_tokens", "labels"):
             self.check_tokens(name, prepared[name])
         return prepared
+
+    @override
+    def build_decoder(self) -> Decoder:
+        from lightning_megatron.generation.t5 import T5Decoder
+
+        return T5Decoder(self.chunks, self.config, self.strategy.build_context.groups)
 
     @override
     def describe(self) -> dict[str, Any]:

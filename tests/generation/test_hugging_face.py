@@ -101,6 +101,61 @@ def test_same_tokens(ranks: RankPool, family: str, layout: str) -> None:
                 assert [generation.score for generation in generations] == pytest.approx(scores, rel=2e-6), name
 
 
+SOURCES = [[5, 17, 3, 90, 41], [7], [100, 1, 33, 58, 12, 6, 6, 71, 20]]
+T5_CASES = [
+    Case.of(max_new_tokens=16),
+    Case.of(max_new_tokens=16, repetition_penalty=2.0),
+    Case.of(**BEAMS, num_return_sequences=2, stop_tokens=STOPS),
+]
+
+
+def _generate_t5(config: Any, whole: Any, strategy: dict[str, Any], fit: bool) -> Any:
+    module = reference.build(config, whole, strategy, fit=fit)
+    found = [module.generate(SOURCES, **case.ours) for case in T5_CASES]
+    if fit:
+        module.trainer.fit_loop.max_epochs, module.trainer.fit_loop.epoch_loop.max_steps = -1, 2
+        module.trainer.fit(module, reference.Loader())  # what generation left in the module does not disturb it
+    return found
+
+
+@pytest.mark.parametrize(("v1_1", "layout"), [(False, "tp1"), (False, "tp2_pp2"), (True, "pp2")])
+def test_t5(ranks: RankPool, v1_1: bool, layout: str) -> None:
+    model = reference.t5(v1_1=v1_1)
+    world, strategy = LAYOUTS[layout]
+    pad = torch.nn.utils.rnn.pad_sequence
+    tokens = pad([torch.tensor(source) for source in SOURCES], batch_first=True)
+    mask = pad([torch.ones(len(source), dtype=torch.long) for source in SOURCES], batch_first=True)
+    with torch.no_grad():
+        expected = [model.generate(tokens, attention_mask=mask, **case.theirs).tolist() for case in T5_CASES]
+    assert len({token for row in expected[1] for token in row}) > 20
+    fit = layout == "tp1"
+    for found in ranks.run(_generate_t5, world, reference.t5_config(model), reference.weights(model), strategy, fit):
+        assert [_padded(generations) for generations in found] == expected
+
+
+def _alibi() -> Any:
+    """Greedy text, and the text from whole forward passes of the training module."""
+    whole = reference.weights(reference.gpt2())
+    config = reference.gpt_config(reference.gpt2(), position_embedding_type="alibi")
+    module = reference.build(config, whole, {})
+    found = [list(g.tokens) for g in module.generate(SOURCES, max_new_tokens=12)]
+    texts = [list(source) for source in SOURCES]
+    module.eval()
+    for text in texts:
+        for _ in range(12):
+            with torch.no_grad():
+                positions = torch.arange(len(text))[None]
+                logits = module.chunks[0](torch.tensor([text]), positions, None)
+            text.append(int(logits[0, -1, : reference.VOCAB].argmax()))
+    return found, texts
+
+
+def test_alibi(ranks: RankPool) -> None:
+    [(found, texts)] = ranks.run(_alibi, 1)
+    assert found == texts
+    assert len({token for text in texts for token in text[-12:]}) > 8
+
+
 def test_the_cases_differ() -> None:
     """Texts that could go wrong: varied, stopped at different lengths, changed by each option."""
     model = reference.gpt2()
