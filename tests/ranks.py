@@ -7,6 +7,7 @@ environment that torchrun would give, and returns each rank's result.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import signal
 import socket
@@ -38,6 +39,9 @@ class RankPool:
         import torch
 
         torch.set_num_threads(1)
+        # Objects of this process may hold threads and sockets that no child has: a child must never collect them.
+        gc.collect()
+        gc.freeze()
         context = get_context("fork")
         for rank in range(self._size):
             ours, theirs = context.Pipe()
@@ -45,6 +49,7 @@ class RankPool:
             process.start()
             self._connections.append(ours)
             self._processes.append(process)
+        gc.unfreeze()
 
     def stop(self) -> None:
         """Kill the processes."""
