@@ -57,9 +57,9 @@ def generate(
         dist.all_gather_object(told, (found, repr(problem) if problem else None), group=groups.dp)
     if problem is not None:
         raise problem
-    for other, (_, error) in enumerate(told):
-        if error is not None:
-            raise RuntimeError(f"Replica {other} failed to generate its share of the prompts: {error}")
+    for other, (_, failure) in enumerate(told):
+        if failure is not None:
+            raise RuntimeError(f"Replica {other} failed to generate its share of the prompts: {failure}")
     return [generation for share, _ in told for generation in share]
 
 

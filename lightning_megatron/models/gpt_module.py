@@ -159,7 +159,7 @@ class GPTModule(LanguageModelModule):
     def build_decoder(self) -> Decoder:
         from lightning_megatron.generation.gpt import GPTDecoder
 
-        return GPTDecoder(self.chunks, self.config, self.strategy.build_context.groups)
+        return GPTDecoder(list(self.chunks), self.config, self.strategy.build_context.groups)
 
 
 def _hugging_face_form(batch: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -105,7 +105,7 @@ class T5Module(LanguageModelModule):
     def build_decoder(self) -> Decoder:
         from lightning_megatron.generation.t5 import T5Decoder
 
-        return T5Decoder(self.chunks, self.config, self.strategy.build_context.groups)
+        return T5Decoder(list(self.chunks), self.config, self.strategy.build_context.groups)
 
     @override
     def describe(self) -> dict[str, Any]:
