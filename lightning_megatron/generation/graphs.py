@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class GraphedDecoder:
         self.dtype, self.device = decoder.dtype, decoder.device
         self._size = (0, 0)
         self._recorded: dict[tuple[int, int], _Recorded] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
         """As the decoder's."""

@@ -63,7 +63,7 @@ def llama(seed: int = 0, key_value_heads: int = 2) -> Any:
 
 
 def t5(*, v1_1: bool = False, seed: int = 0) -> Any:
-    """A T5 of two layers each side, as published (tied, ReLU) or as of version 1.1 (untied, gated GELU)."""
+    """A T5 of two layers each side, as published (ReLU, scaled output) or as of version 1.1 (gated GELU)."""
     import transformers
 
     torch.manual_seed(seed)
@@ -94,8 +94,11 @@ def t5(*, v1_1: bool = False, seed: int = 0) -> Any:
 def t5_config(model: Any) -> T5Config:
     """The configuration of the same T5 here."""
     config = model.config
-    base = T5Config() if config.tie_word_embeddings else T5Config.v1_1()
+    base = T5Config.v1_1() if config.is_gated_act else T5Config()
     return base.replace(
+        # Hugging Face ties the embeddings of every T5 that it makes itself.
+        share_embeddings_and_output_weights=config.tie_word_embeddings,
+        scale_decoder_output=config.scale_decoder_outputs,
         num_layers=config.num_layers,
         hidden_size=config.d_model,
         num_attention_heads=config.num_heads,

@@ -153,7 +153,7 @@ def _alibi() -> Any:
 def test_alibi(ranks: RankPool) -> None:
     [(found, texts)] = ranks.run(_alibi, 1)
     assert found == texts
-    assert len({token for text in texts for token in text[-12:]}) > 8
+    assert len({token for text in texts for token in text[-12:]}) > 4
 
 
 def test_the_cases_differ() -> None:
