@@ -7,6 +7,7 @@ environment that torchrun would give, and returns each rank's result.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import signal
 import socket
@@ -19,6 +20,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 MAX_RANKS = 4
+RUNS_PER_PROCESS = 20
+"""Groups that something still refers to keep gloo's threads, which slow down all that follows; so ranks are renewed."""
 
 
 class RankError(AssertionError):
@@ -32,6 +35,7 @@ class RankPool:
         self._size = size
         self._connections: list[Connection] = []
         self._processes: list[Any] = []
+        self._runs = 0
 
     def start(self) -> None:
         """Fork the processes from a server that has imported the package, and done nothing else.
@@ -54,7 +58,7 @@ class RankPool:
         for process in self._processes:
             process.kill()
             process.join()
-        self._connections, self._processes = [], []
+        self._connections, self._processes, self._runs = [], [], 0
 
     def run(self, function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
         """``function(*args)`` on ranks 0 to ``world_size - 1``; the results by rank.
@@ -71,8 +75,11 @@ class RankPool:
         self, function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0
     ) -> tuple[dict[int, Any], dict[int, str]]:
         """As :meth:`run`, but failures are returned: results and tracebacks by rank."""
+        if self._runs >= RUNS_PER_PROCESS:
+            self.stop()
         if not self._processes:
             self.start()
+        self._runs += 1
         environment = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         for connection in self._connections[:world_size]:
             connection.send((function, args, environment))
@@ -153,3 +160,4 @@ def _leave_group() -> None:
         state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    gc.collect()  # models and strategies hold process groups, and those their threads
