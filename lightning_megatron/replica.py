@@ -90,8 +90,9 @@ class ReplicaDataLoader:
         batch_sampler = getattr(self.loader, "batch_sampler", None)
         samplers = (getattr(self.loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
         for sampler in {id(sampler): sampler for sampler in samplers}.values():
-            if callable(getattr(sampler, "set_epoch", None)):
-                sampler.set_epoch(self._epoch)
+            set_epoch = getattr(sampler, "set_epoch", None)
+            if callable(set_epoch):
+                set_epoch(self._epoch)
 
     # ----------------------------------------------------------------- position
 

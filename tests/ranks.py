@@ -1,4 +1,4 @@
-"""A pool of processes, forked once after the imports, on which distributed tests run.
+"""A pool of processes, forked once the package is imported, on which distributed tests run.
 
 A test function is a plain function; ``run(function, world_size, *args)`` calls it on that many ranks, with the
 environment that torchrun would give, and returns each rank's result.
@@ -34,15 +34,18 @@ class RankPool:
         self._processes: list[Any] = []
 
     def start(self) -> None:
-        """Fork the processes; whatever is imported by now is there."""
-        import torch
+        """Fork the processes from a server that has imported the package, and done nothing else.
 
-        torch.set_num_threads(1)
-        context = get_context("fork")
+        Not from this process: tests that made process groups here leave objects whose threads no child has, and a child
+        that collects them hangs or crashes.
+        """
+        context = get_context("forkserver")
+        context.set_forkserver_preload(["tests.preload"])
         for rank in range(self._size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, rank), daemon=True)
             process.start()
+            theirs.close()
             self._connections.append(ours)
             self._processes.append(process)
 

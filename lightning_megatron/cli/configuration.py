@@ -181,7 +181,7 @@ def check(config: DictConfig) -> None:
         target = _locate(node["_target_"], path)
         hints, takes_any = _parameters(target)
         for name in node:
-            field = f"{path}.{name}" if path else str(name)
+            field = f"{path}.{name!s}" if path else str(name)
             if str(name).startswith("_"):
                 continue
             if name not in hints and not takes_any:

@@ -184,6 +184,8 @@ class TrainStepModule(LanguageModelModule):
         kwargs: for the step, as ``custom_train_step_kwargs``.
     """
 
+    model: LanguageModelModule
+
     def __init__(
         self, model: LanguageModelModule, train_step: type[AbstractTrainStep], args: Any = None, **kwargs: Any
     ) -> None:

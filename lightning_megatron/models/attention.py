@@ -186,6 +186,7 @@ class SDPACoreAttention(CoreModule):
                 "does not fit to a part of the sequence. Or set context_parallel_size=1."
             )
         group = self.context_group
+        assert group is not None
         ranks, rank, device = group.size(), group.rank(), query.device
         length = query.size(0) * ranks
         gathered = tensor_parallel.gather_from_sequence_parallel_region(

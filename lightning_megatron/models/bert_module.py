@@ -63,8 +63,9 @@ class BertModule(LanguageModelModule):
             tokentype_ids=microbatch["types"],
             lm_labels=microbatch["lm_labels"] if self.config.num_labels is None else None,
         )
-        if self.config.num_labels is not None and self.chunks[-1].kept_logits is not None and output.dim() == 2:
-            self.chunks[-1].kept_logits.append(output.detach().clone())
+        last: Any = self.chunks[-1]
+        if self.config.num_labels is not None and last.kept_logits is not None and output.dim() == 2:
+            last.kept_logits.append(output.detach().clone())
         return output
 
     @override

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, override
 import torch
 from torch import Tensor
 
-from lightning_megatron.errors import DataError, ModuleError
+from lightning_megatron.errors import DataError
 from lightning_megatron.models.config import GPTConfig
 from lightning_megatron.models.gpt import GPTChunk, gpt_core_config
 from lightning_megatron.models.language_module import LanguageModelModule, ReturnLogits
@@ -165,19 +165,19 @@ class GPTModule(LanguageModelModule):
 def _hugging_face_form(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     tokens, attention = batch["input_ids"], batch.get("attention_mask")
     labels = batch.get("labels", tokens)
-    padded = attention is not None and attention.dim() == 2
-    if padded:
-        labels = labels.masked_fill(attention == 0, _IGNORED)
+    padding: Tensor | None = attention if attention is not None and attention.dim() == 2 else None
+    if padding is not None:
+        labels = labels.masked_fill(padding == 0, _IGNORED)
     after = torch.full_like(labels[:, :1], _IGNORED)
     labels = torch.cat([labels[:, 1:], after], dim=1)
-    if padded:
-        labels = labels.masked_fill(attention == 0, _IGNORED)  # nor is anything predicted from padding
+    if padding is not None:
+        labels = labels.masked_fill(padding == 0, _IGNORED)  # nor is anything predicted from padding
     form = {"tokens": tokens, "labels": labels}
     if "position_ids" in batch:
         form["position_ids"] = batch["position_ids"]
-    if padded and bool((attention[:, 1:] > attention[:, :-1]).any()):
+    if padding is not None and bool((padding[:, 1:] > padding[:, :-1]).any()):
         # Padding before the text: real tokens must not see it, and count their positions from the first of them, as
         # Hugging Face's generation does. Padding after it is in the future, where nothing looks.
-        form["document_ids"] = attention.long()
-        form.setdefault("position_ids", (attention.long().cumsum(dim=1) - 1).clamp(min=0))
+        form["document_ids"] = padding.long()
+        form.setdefault("position_ids", (padding.long().cumsum(dim=1) - 1).clamp(min=0))
     return form

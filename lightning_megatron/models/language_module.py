@@ -91,7 +91,7 @@ class LanguageModelModule(MegatronModule):
     def _logits(self) -> Iterator[list[Tensor]]:
         """Collect the logits of each micro-batch, on the last stage; elsewhere the list stays empty."""
         kept: list[Tensor] = []
-        ends = [chunk for chunk in self.chunks if chunk.post_process]
+        ends: list[Any] = [chunk for chunk in self.chunks if chunk.post_process]
         for chunk in ends:
             chunk.kept_logits = kept
         try:

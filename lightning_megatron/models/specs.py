@@ -33,7 +33,9 @@ class TorchNorm:
     which lets ``finalize_model_grads`` sum their gradients over the tensor-parallel ranks.
     """
 
-    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> torch.nn.Module:
+    def __new__(  # type: ignore[misc]
+        cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object
+    ) -> torch.nn.Module:
         norm = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}[config.normalization]
         module: torch.nn.Module = norm(hidden_size, eps=eps, dtype=config.params_dtype)
         for parameter in module.parameters():

@@ -75,9 +75,10 @@ class T5Stack(torch.nn.Module):
     ) -> dict[str, Any]:
         """Layers as slices of one stacked tensor per name, as megatron-core's ``TransformerBlock`` has them."""
         state: dict[str, Any] = {}
-        for index, layer in enumerate(self.layers):
+        layers: list[Any] = list(self.layers)
+        for index, layer in enumerate(layers):
             local = f"{prefix}layers.{index}."
-            part = layer.sharded_state_dict(local, [(0, self.first + index, self.total)], metadata)
+            part: Any = layer.sharded_state_dict(local, [(0, self.first + index, self.total)], metadata)
             replace_prefix_for_sharding(part, local, f"{prefix}layers.")
             state.update(part)
         if self.final_layernorm is not None:

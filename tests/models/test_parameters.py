@@ -27,7 +27,7 @@ def _gpt2_large() -> tuple[int, str]:
     core = gpt_core_config(config, context)
     core.init_model_with_meta_device, core.perform_initialization = True, False
     with torch.device("meta"):
-        chunks = [GPTChunk(config, core, context, stage) for stage in context.stages]
+        chunks = [GPTChunk(config, core, context, stage, fused=False) for stage in context.stages]
     return count_parameters(chunks), parameter_report(chunks, context.groups.tp.rank(), context.groups.pp.rank())
 
 
