@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_megatron.generation.layers import gather_columns
+from lightning_megatron.generation.layers import gather_columns, project
 from lightning_megatron.generation.protocol import Step
 from lightning_megatron.models.config import GPTConfig, T5Config
 
@@ -54,4 +54,4 @@ class Head:
         if self._scale != 1.0:
             hidden = hidden * self._scale
         weight = self._chunk.shared_embedding_or_output_weight() if self._tied else self._chunk.output_layer.weight
-        return gather_columns(F.linear(hidden, weight), self._tp)[:, : self._vocab_size].float()
+        return gather_columns(project(hidden, weight), self._tp)[:, : self._vocab_size].float()

@@ -94,7 +94,7 @@ class GraphedDecoder:
                 self._run(chunk, keys, inputs, positions)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):  # type: ignore[arg-type]
+        with torch.cuda.graph(graph, pool=self._pool):
             output = self._run(chunk, keys, inputs, positions)
         self._pool = graph.pool()
         return _Recorded(graph, inputs, positions, output)
