@@ -30,12 +30,11 @@ from lightning_megatron.checkpoint.run_state import OPTIMIZER_PREFIX, RNG, RunSt
 from lightning_megatron.checkpoint.shard_files import (
     Outline,
     ShardFiles,
-    WrittenFile,
     share_out,
-    write_file,
     write_index,
 )
 from lightning_megatron.checkpoint.together import Team
+from lightning_megatron.checkpoint.verified_file import WrittenFile, write_file
 from lightning_megatron.errors import CheckpointError
 from lightning_megatron.layout import ParallelLayout
 
@@ -71,7 +70,7 @@ class Snapshot:
         what = f"Saving the checkpoint {self.path}"
         try:
             team.do(what, lambda: _prepare(partial) if team.first else None)
-            file = team.do(what, lambda: _write_verified(partial / f"__{team.rank}_0.distcp", self.tensors))
+            file = team.do(what, lambda: write_file(partial / f"__{team.rank}_0.distcp", self.tensors))
             files = team.gather(file)
             team.do(what, lambda: self._complete(partial, files) if team.first else None)
         except CheckpointError:
@@ -93,13 +92,6 @@ class Snapshot:
 def _prepare(partial: Path) -> None:
     remove(partial)
     partial.mkdir(parents=True)
-
-
-def _write_verified(path: Path, tensors: Iterable[Tensor]) -> WrittenFile:
-    file = write_file(path, tensors)
-    if FileSum.of(path) != FileSum(file.size, file.crc32):
-        raise CheckpointError(f"{path} reads back differently from what was written: the disk or its driver is faulty.")
-    return file
 
 
 def snapshot(

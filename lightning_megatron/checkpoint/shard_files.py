@@ -7,9 +7,9 @@ checkpoint cannot run code.
 
 from __future__ import annotations
 
+import json
 import math
 import mmap
-import os
 import pickle
 import zipfile
 import zlib
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,9 +33,11 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from lightning_megatron.backends.shards import Box, Shard, Sizes
+from lightning_megatron.checkpoint.verified_file import WrittenFile
 from lightning_megatron.errors import CheckpointError
 
 INDEX_FILE = ".metadata"
+CHECKSUM_FILE = "checksums.json"
 _CORE_FILES = {
     "metadata.json": '{"sharded_backend": "torch_dist", "sharded_backend_version": 1, '
     '"common_backend": "torch", "common_backend_version": 1}',
@@ -51,54 +53,6 @@ class StoredChunk:
     file: str
     start: int
     length: int
-
-
-@dataclass(frozen=True, slots=True)
-class WrittenFile:
-    """A file of shards: its size, its checksum, and where each shard of it lies, in order."""
-
-    name: str
-    size: int
-    crc32: int
-    ends: tuple[int, ...]
-    """End of each shard; the first starts at 0."""
-
-
-# ---------------------------------------------------------------------------------------------------------- writing
-
-
-class _Summing:
-    """A file to write to that sums what goes through."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.crc32 = 0
-        self.size = 0
-
-    def write(self, data: Any) -> int:
-        self.crc32 = zlib.crc32(data, self.crc32)
-        self.size += len(data)
-        return self._file.write(data)
-
-    def flush(self) -> None:
-        self._file.flush()
-
-
-def write_file(path: Path, tensors: Iterable[Tensor]) -> WrittenFile:
-    """Write tensors one after the other, to the disk and not only to its cache."""
-    ends = []
-    with open(path, "wb", buffering=0) as file:
-        summing = _Summing(file)
-        for tensor in tensors:
-            # torch.save writes all of a tensor's storage, and a shard may be a small view of a large buffer.
-            whole = (
-                tensor.device.type == "cpu" and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
-            )
-            staged = tensor.detach() if whole and tensor.is_contiguous() else tensor.detach().cpu().clone()
-            torch.save(staged.contiguous(), summing)  # type: ignore[arg-type]
-            ends.append(summing.size)
-        os.fsync(file.fileno())
-    return WrittenFile(path.name, summing.size, summing.crc32, tuple(ends))
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +95,8 @@ def write_index(directory: Path, files: Iterable[tuple[WrittenFile, Sequence[Out
     """The index of all ranks' files, and the two files that megatron-core looks for beside it."""
     tensors: dict[str, Any] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
-    for file, outlines in files:
+    written = list(files)
+    for file, outlines in written:
         start = 0
         for outline, end in zip(outlines, file.ends, strict=True):
             tensor = tensors.get(outline.key)
@@ -160,6 +115,7 @@ def write_index(directory: Path, files: Iterable[tuple[WrittenFile, Sequence[Out
     for name, text in _CORE_FILES.items():
         (directory / name).write_text(text)
     torch.save({}, directory / "common.pt")
+    (directory / CHECKSUM_FILE).write_text(json.dumps({file.name: file.crcs for file, _ in written}))
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -198,6 +154,8 @@ class ShardFiles:
     shapes: dict[str, Sizes]
     dtypes: dict[str, torch.dtype]
     chunks: dict[str, list[StoredChunk]]
+    checksums: dict[tuple[str, int], int]
+    """CRC-32 of the values of a chunk, by its file and start; empty for a checkpoint of megatron-core's own."""
 
     @classmethod
     def open(cls, directory: Path) -> ShardFiles:
@@ -220,10 +178,9 @@ class ShardFiles:
                 if at.fqn in chunks:
                     offsets = tuple(at.offset or ())
                     box = Box(offsets, sizes[at.fqn, offsets])
-                    chunks[at.fqn].append(
-                        StoredChunk(at.fqn, box, str(place.relative_path), int(place.offset), int(place.length))
-                    )
-            return cls(directory, shapes, dtypes, chunks)
+                    file, start = str(place.relative_path), int(place.offset)
+                    chunks[at.fqn].append(StoredChunk(at.fqn, box, file, start, int(place.length)))
+            return cls(directory, shapes, dtypes, chunks, _checksums(directory, chunks))
         except OSError as error:
             raise CheckpointError(f"{directory} has no readable index {INDEX_FILE}: {error}") from error
         except Exception as error:  # a damaged pickle raises almost anything
@@ -268,7 +225,7 @@ class ShardFiles:
             raise CheckpointError(f"{self.directory / chunk.file} is cut short, before the end of {chunk.key}.")
         dtype, numel = self.dtypes[chunk.key], math.prod(chunk.box.sizes)
         try:
-            values = _payload(data, numel * dtype.itemsize)
+            values = _payload(data, numel * dtype.itemsize, self.checksums.get((chunk.file, chunk.start)))
             if values is not None:
                 return torch.frombuffer(values, dtype=dtype, count=numel).view(chunk.box.sizes)
             return torch.load(BytesIO(data), map_location="cpu", weights_only=True).view(chunk.box.sizes)
@@ -280,6 +237,21 @@ class ShardFiles:
 
 def _tensors(index: Metadata) -> Iterable[tuple[str, TensorStorageMetadata]]:
     return ((k, v) for k, v in index.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata))
+
+
+def _checksums(directory: Path, chunks: dict[str, list[StoredChunk]]) -> dict[tuple[str, int], int]:
+    path = directory / CHECKSUM_FILE
+    if not path.is_file():
+        return {}
+    starts = defaultdict(list)
+    for stored in chunks.values():
+        for chunk in stored:
+            starts[chunk.file].append(chunk.start)
+    return {
+        (name, start): crc32
+        for name, crcs in json.loads(path.read_text()).items()
+        for start, crc32 in zip(sorted(starts[name]), crcs, strict=True)
+    }
 
 
 class _View:
@@ -305,7 +277,7 @@ class _View:
         return data
 
 
-def _payload(data: memoryview, size: int) -> memoryview | None:
+def _payload(data: memoryview, size: int, crc32: int | None) -> memoryview | None:
     """The bytes of the one contiguous tensor in a ``torch.save`` archive, verified; ``None`` for other archives."""
     if size == 0:
         return None
@@ -316,6 +288,6 @@ def _payload(data: memoryview, size: int) -> memoryview | None:
     header = storages[0].header_offset
     name, extra = (int.from_bytes(data[header + at : header + at + 2], "little") for at in (26, 28))
     payload = data[header + 30 + name + extra :][:size]
-    if zlib.crc32(payload) != storages[0].CRC:
+    if zlib.crc32(payload) != (storages[0].CRC if crc32 is None else crc32):
         raise ValueError("its checksum does not match.")
     return payload

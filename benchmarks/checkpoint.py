@@ -1,0 +1,97 @@
+"""Time to save and load a checkpoint, against ``torch.save`` and ``torch.load`` of the same bytes, in one run.
+
+Both sides write through to the disk (``fsync``) and read what the system has cached, since neither is a test of the
+disk. The checkpoint does more: it sums every file, reads it back, and verifies each tensor it loads.
+
+    python benchmarks/checkpoint.py --gigabytes 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from lightning_megatron.backends.shards import Box
+from lightning_megatron.checkpoint.io import Snapshot, pickled
+from lightning_megatron.checkpoint.metadata import CheckpointMetadata
+from lightning_megatron.checkpoint.shard_files import Outline, ShardFiles
+from lightning_megatron.checkpoint.together import Alone
+
+
+def tensors(gigabytes: float) -> dict[str, torch.Tensor]:
+    """As a Transformer and its optimizer have: matrices of 16 MiB, and small vectors."""
+    found = {}
+    for index in range(max(1, int(gigabytes * 64))):
+        found[f"layer{index}.weight"] = torch.randn(2048, 2048)
+        found[f"layer{index}.bias"] = torch.randn(2048)
+    return found
+
+
+def measure(work: Callable[[], None]) -> float:
+    """Seconds."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    """Print one line of JSON with the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gigabytes", type=float, default=1.0)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--directory", default=None, help="where to write; default: the system's temporary directory")
+    args = parser.parse_args()
+    state = tensors(args.gigabytes)
+    into = {key: torch.empty_like(value) for key, value in state.items()}
+    outlines = [
+        Outline(key, tuple(value.shape), Box((0,) * value.dim(), tuple(value.shape)), value.dtype)
+        for key, value in state.items()
+    ]
+    with tempfile.TemporaryDirectory(dir=args.directory) as folder:
+        plain, ours = Path(folder) / "plain.pt", Path(folder) / "ours.ckpt"
+        metadata = CheckpointMetadata({}, {}, 1)
+
+        def save_plain() -> None:
+            with open(plain, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+
+        def save_ours() -> None:
+            Snapshot(ours, list(state.values()), [outlines], pickled({}), metadata).write(Alone())
+
+        def load_plain() -> None:
+            for key, value in torch.load(plain, weights_only=True).items():
+                into[key].copy_(value)
+
+        def load_ours() -> None:
+            files = ShardFiles.open(ours)
+            for outline in outlines:
+                files.read(outline.key, outline.box, into[outline.key])
+
+        works = {"save_plain": save_plain, "save_ours": save_ours, "load_plain": load_plain, "load_ours": load_ours}
+        times: dict[str, list[float]] = {name: [] for name in works}
+        for _ in range(args.repeats):  # in turn, so that a busy machine is fair to both
+            for name, work in works.items():
+                times[name].append(measure(work))
+        assert all(torch.equal(into[key], value) for key, value in state.items())
+    size = sum(value.nbytes for value in state.values())
+    best = {name: min(values) for name, values in times.items()}
+    report = {f"{name}_gb_per_s": round(size / seconds / 1e9, 2) for name, seconds in best.items()}
+    for kind in ("save", "load"):
+        report[f"{kind}_ratio_best"] = round(best[f"{kind}_ours"] / best[f"{kind}_plain"], 2)
+        medians = [statistics.median(times[f"{kind}_{side}"]) for side in ("ours", "plain")]
+        report[f"{kind}_ratio_median"] = round(medians[0] / medians[1], 2)
+    print(json.dumps({"bytes": size, **report}))
+
+
+if __name__ == "__main__":
+    main()
