@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lightning_megatron.module import MegatronModule
 
 
-def build_engine(module: MegatronModule, *, cuda_graphs: bool | None = None) -> Engine:
+def build_engine(module: MegatronModule, *, cuda_graphs: bool = False) -> Engine:
     """An engine for this rank's chunks of a module; keep it to generate often.
 
     Raises:

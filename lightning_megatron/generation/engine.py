@@ -72,13 +72,10 @@ class Engine:
     Args:
         decoder: this rank's part of the model.
         groups: process groups of the replica.
-        cuda_graphs: record the step of a new token and replay it; ``None`` does so on CUDA without tensor
-            parallelism.
+        cuda_graphs: record the step of a new token and replay it, on CUDA without tensor parallelism.
     """
 
-    def __init__(self, decoder: Decoder, groups: ProcessGroupCollection, *, cuda_graphs: bool | None = None) -> None:
-        if cuda_graphs is None:
-            cuda_graphs = decoder.device.type == "cuda" and groups.tp.size() == 1
+    def __init__(self, decoder: Decoder, groups: ProcessGroupCollection, *, cuda_graphs: bool = False) -> None:
         self.decoder: Decoder = GraphedDecoder(decoder) if cuda_graphs else decoder
         self.groups = groups
         self._pipeline = Pipeline(self.decoder, groups)
