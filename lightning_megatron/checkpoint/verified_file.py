@@ -81,8 +81,8 @@ class _VerifiedFile:
         self.values: int | None = None
         """Sum of the last large piece, which is the values of a tensor."""
         self._path = path
-        self._file = stack.enter_context(open(path, "wb", buffering=0))
-        self._reader = stack.enter_context(open(path, "rb", buffering=0))
+        self._file = stack.enter_context(open(path, "wb", buffering=0))  # noqa: SIM115
+        self._reader = stack.enter_context(open(path, "rb", buffering=0))  # noqa: SIM115
         self._follower = stack.enter_context(ThreadPoolExecutor(1))
         self._buffer = memoryview(bytearray(1 << 20))
         self._read = 0
