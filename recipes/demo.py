@@ -1,7 +1,7 @@
 """The whole way on a laptop: real text, a tokenizer, an indexed dataset, training at TP=2 x PP=2 with sequence
 parallelism and the distributed optimizer, the checkpoint in another layout, generated text, a plot and a summary.
 
-python recipes/demo.py [--steps 300] [--run-dir demo_run]
+python recipes/demo.py [--steps 240] [--run-dir demo_run]
 """
 
 import argparse
@@ -125,7 +125,7 @@ def say(text: str) -> None:
 def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=300, help="optimizer steps to train (default: 300)")
+    parser.add_argument("--steps", type=int, default=240, help="optimizer steps to train (default: 240)")
     parser.add_argument("--run-dir", type=Path, default=Path("demo_run"), help="where everything goes")
     arguments = parser.parse_args()
     started = time.monotonic()
