@@ -160,3 +160,23 @@ def test_what_it_hands_to_the_strategy() -> None:
         Execution.of(ParallelLayout(), batch, 1, micro_batch_size=4),
     )
     assert not alone.strategy_arguments()["overlap_grad_reduce"]
+
+
+def test_data_parallel_communication_shows_what_computation_does_not_hide() -> None:
+    model, cluster = GPTConfig.gpt2("xl"), Cluster.of("a100", 64, inter_node="ethernet_10g")
+    batch = Batch(global_batch_size=64, seq_length=1024)
+    execution = Execution.of(ParallelLayout(), batch, 64, micro_batch_size=1)
+    parameters = stage_parameters(model, ParallelLayout(), 0)
+    reduce, gathered = (gather(cluster, parameters * size, size=64).seconds for size in (4, 2))
+
+    def exposed(**runtime: bool) -> tuple[float, Estimate]:
+        got = estimate(model, cluster, batch, execution, Runtime(**runtime))
+        return got.time.data_parallel, got
+
+    alone, _ = exposed(overlap_grad_reduce=False, overlap_param_gather=False)
+    assert alone == pytest.approx(reduce + gathered)
+    hidden, got = exposed()
+    assert hidden == pytest.approx(
+        max(reduce - got.stages[0].backward[0], 0.1 * reduce) + max(gathered - got.stages[0].forward[0], 0.1 * gathered)
+    )
+    assert hidden < 0.9 * alone

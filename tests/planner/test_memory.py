@@ -180,3 +180,11 @@ def test_gqa_glu_and_context_parallelism_change_only_their_items() -> None:
     assert layer.stored == expected
     halved = layer_activations(model, ParallelLayout(context_parallel_size=2), micro_batch_size=1, seq_length=4096)
     assert halved.stored == expected / 2
+
+
+def test_a_stage_under_full_recompute_holds_inputs_and_the_layer_at_work() -> None:
+    layout = ParallelLayout(tensor_model_parallel_size=8, pipeline_model_parallel_size=8, sequence_parallel=True)
+    uniform = Recompute(granularity="full", method="uniform", num_layers=1)
+    got = memory(GPT3, 1, layout=layout, runtime=PAPER, recompute=uniform).activations
+    layer = activations(tensor_model_parallel_size=8, sequence_parallel=True)
+    assert got == pytest.approx(7 * 12 * layer.input + layer.stored)  # seven micro-batches in flight on stage 1

@@ -1,8 +1,8 @@
 """The search: right answers on cases that can be enumerated, limits kept, failures explained, speed."""
 
+import resource
 import subprocess
 import sys
-import time
 from itertools import product
 
 import pytest
@@ -168,9 +168,11 @@ def test_ten_thousand_gpus_in_under_two_seconds_interpreter_included() -> None:
         "p.Batch(global_batch_size=10240, seq_length=4096))\n"
         "print(r.num_considered)"
     )
-    start = time.perf_counter()
+    # Processor time, which is the wall clock's where nothing else runs, and does not depend on what else does.
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert time.perf_counter() - start < 2
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
     assert int(done.stdout) > 200
 
 
