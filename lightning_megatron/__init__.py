@@ -24,8 +24,12 @@ if TYPE_CHECKING:
     from lightning_megatron.errors import LayoutError as LayoutError
     from lightning_megatron.errors import ModuleError as ModuleError
     from lightning_megatron.layout import ParallelLayout as ParallelLayout
+    from lightning_megatron.models.bert_module import BertModule as BertModule
+    from lightning_megatron.models.config import BertConfig as BertConfig
     from lightning_megatron.models.config import GPTConfig as GPTConfig
+    from lightning_megatron.models.config import T5Config as T5Config
     from lightning_megatron.models.gpt_module import GPTModule as GPTModule
+    from lightning_megatron.models.t5_module import T5Module as T5Module
     from lightning_megatron.module import MegatronModule as MegatronModule
     from lightning_megatron.optim.config import OptimizerConfig as OptimizerConfig
     from lightning_megatron.precision import LossScaling as LossScaling
@@ -36,6 +40,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BertConfig": "models.config",
+    "BertModule": "models.bert_module",
     "CheckpointError": "errors",
     "DataError": "errors",
     "GPTConfig": "models.config",
@@ -49,6 +55,8 @@ _HOMES = {
     "ModuleError": "errors",
     "OptimizerConfig": "optim.config",
     "ParallelLayout": "layout",
+    "T5Config": "models.config",
+    "T5Module": "models.t5_module",
 }
 _SUBPACKAGES = ("callbacks", "data", "generation", "planner")
 

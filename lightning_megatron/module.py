@@ -87,6 +87,10 @@ class MegatronModule(pl.LightningModule):
             "Override pipeline_sequence_length."
         )
 
+    def local_batch(self, batch: Batch) -> Batch:
+        """This rank's part of a batch that all ranks of a replica have: cut it here for context parallelism."""
+        return batch
+
     def describe(self) -> dict[str, Any]:
         """What a checkpoint tells about this model, in types that JSON has."""
         return {"module": type(self).__name__}

@@ -90,8 +90,9 @@ class ReplicaDataLoader:
         batch_sampler = getattr(self.loader, "batch_sampler", None)
         samplers = (getattr(self.loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
         for sampler in {id(sampler): sampler for sampler in samplers}.values():
-            if callable(getattr(sampler, "set_epoch", None)):
-                sampler.set_epoch(self._epoch)
+            set_epoch = getattr(sampler, "set_epoch", None)
+            if callable(set_epoch):
+                set_epoch(self._epoch)
 
     # ----------------------------------------------------------------- position
 
@@ -149,7 +150,7 @@ class ReplicaDataLoader:
             if batch is None:
                 break
             self._batches += 1
-            yield batch
+            yield _pinned(batch) if self._groups.has_data else batch
         self._exhausted = True
 
     def _next(self, source: Iterator[Mapping[str, Any]] | None) -> tuple[dict[str, Any] | None, Exception | None]:
@@ -184,6 +185,17 @@ def _with_own_generator(loader: Any, drop: int, seed: int) -> Iterator[Any]:
         yield batch
         outer = torch.get_rng_state()
         torch.set_rng_state(inner)
+
+
+def _pinned(batch: dict[str, Any]) -> dict[str, Any]:
+    """In page-locked memory where there is CUDA: copying other memory makes the host wait for the step before."""
+    if not torch.cuda.is_available():
+        return batch
+    return {key: value.contiguous().pin_memory() if _on_host(value) else value for key, value in batch.items()}
+
+
+def _on_host(value: Any) -> bool:
+    return torch.is_tensor(value) and value.device.type == "cpu"
 
 
 class _Exchange:

@@ -61,6 +61,10 @@ class ScheduledModule(Protocol):
         """Length of the hidden states that travel between stages, before any split over ranks."""
         ...
 
+    def local_batch(self, batch: Batch) -> Batch:
+        """This rank's part of a batch that all ranks of a replica have."""
+        ...
+
 
 # --------------------------------------------------------------------------------------------------- micro-batches
 
@@ -168,7 +172,7 @@ class Schedule:
         self._layout.check_sequence(sequence)
         most = self._micro_batch_size or (samples if stages == 1 else 1)
         count = num_microbatches(samples, most, stages if self._layout.num_chunks > 1 else 1)
-        microbatches = split_batch(batch, count, has_data=self._has_data)
+        microbatches = split_batch(self._module.local_batch(batch), count, has_data=self._has_data)
         iterators = [iter(microbatches) for _ in self._chunks]
         with ExitStack() as stack:
             if forward_only:

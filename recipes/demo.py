@@ -1,7 +1,7 @@
 """The whole way on a laptop: real text, a tokenizer, an indexed dataset, training at TP=2 x PP=2 with sequence
 parallelism and the distributed optimizer, the checkpoint in another layout, generated text, a plot and a summary.
 
-python recipes/demo.py [--steps 400] [--run-dir demo_run]
+python recipes/demo.py [--steps 300] [--run-dir demo_run]
 """
 
 import argparse
@@ -125,7 +125,7 @@ def say(text: str) -> None:
 def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=400, help="optimizer steps to train (default: 400)")
+    parser.add_argument("--steps", type=int, default=300, help="optimizer steps to train (default: 300)")
     parser.add_argument("--run-dir", type=Path, default=Path("demo_run"), help="where everything goes")
     arguments = parser.parse_args()
     started = time.monotonic()
@@ -142,6 +142,7 @@ def main() -> None:
         f"trainer.max_steps={arguments.steps}",
         f"trainer.val_check_interval={max(1, arguments.steps // 4)}",
         *("optim.lr=2e-3", "optim.min_lr=2e-4", f"optim.lr_warmup_steps={arguments.steps // 20}"),
+        *("callbacks=sample", 'callbacks.sample.prompts=["Return a list of","The class of"]'),
         *("model.hidden_dropout=0.0", "model.attention_dropout=0.0", "trainer.num_sanity_val_steps=1"),
     )
     resumed = directory / "resumed"

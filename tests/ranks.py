@@ -1,4 +1,4 @@
-"""A pool of processes, forked once after the imports, on which distributed tests run.
+"""A pool of processes, forked once the package is imported, on which distributed tests run.
 
 A test function is a plain function; ``run(function, world_size, *args)`` calls it on that many ranks, with the
 environment that torchrun would give, and returns each rank's result.
@@ -7,6 +7,7 @@ environment that torchrun would give, and returns each rank's result.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import signal
 import socket
@@ -19,6 +20,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 MAX_RANKS = 4
+RUNS_PER_PROCESS = 20
+"""Groups that something still refers to keep gloo's threads, which slow down all that follows; so ranks are renewed."""
 
 
 class RankError(AssertionError):
@@ -32,17 +35,21 @@ class RankPool:
         self._size = size
         self._connections: list[Connection] = []
         self._processes: list[Any] = []
+        self._runs = 0
 
     def start(self) -> None:
-        """Fork the processes; whatever is imported by now is there."""
-        import torch
+        """Fork the processes from a server that has imported the package, and done nothing else.
 
-        torch.set_num_threads(1)
-        context = get_context("fork")
+        Not from this process: tests that made process groups here leave objects whose threads no child has, and a child
+        that collects them hangs or crashes.
+        """
+        context = get_context("forkserver")
+        context.set_forkserver_preload(["tests.preload"])
         for rank in range(self._size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, rank), daemon=True)
             process.start()
+            theirs.close()
             self._connections.append(ours)
             self._processes.append(process)
 
@@ -51,7 +58,7 @@ class RankPool:
         for process in self._processes:
             process.kill()
             process.join()
-        self._connections, self._processes = [], []
+        self._connections, self._processes, self._runs = [], [], 0
 
     def run(self, function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
         """``function(*args)`` on ranks 0 to ``world_size - 1``; the results by rank.
@@ -68,8 +75,11 @@ class RankPool:
         self, function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0
     ) -> tuple[dict[int, Any], dict[int, str]]:
         """As :meth:`run`, but failures are returned: results and tracebacks by rank."""
+        if self._runs >= RUNS_PER_PROCESS:
+            self.stop()
         if not self._processes:
             self.start()
+        self._runs += 1
         environment = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         for connection in self._connections[:world_size]:
             connection.send((function, args, environment))
@@ -150,3 +160,4 @@ def _leave_group() -> None:
         state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    gc.collect()  # models and strategies hold process groups, and those their threads

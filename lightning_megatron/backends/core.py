@@ -62,6 +62,7 @@ if not torch.cuda.is_available():
 with _quiet_import():
     from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+    from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -69,6 +70,10 @@ with _quiet_import():
         finalize_model_grads,
     )
     from megatron.core.enums import ModelType
+    from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+    from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+    from megatron.core.models.common.language_module.language_module import LanguageModule
     from megatron.core.models.gpt import gpt_model
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
@@ -82,14 +87,24 @@ with _quiet_import():
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel.random import initialize_rng_tracker, model_parallel_cuda_manual_seed
     from megatron.core.transformer import TransformerConfig
-    from megatron.core.transformer.attention import SelfAttention
+    from megatron.core.transformer.attention import CrossAttention, CrossAttentionSubmodules, SelfAttention
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.mlp import MLP
     from megatron.core.transformer.module import Float16Module
     from megatron.core.transformer.module import MegatronModule as CoreModule
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
     from megatron.core.transformer.spec_utils import ModuleSpec
-    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-    from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
+    from megatron.core.transformer.transformer_block import (
+        TransformerBlock,
+        TransformerBlockSubmodules,
+        get_num_layers_to_build,
+    )
+    from megatron.core.transformer.transformer_layer import (
+        TransformerLayer,
+        TransformerLayerSubmodules,
+        get_transformer_layer_offset,
+    )
+    from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint, sharded_state_dict_default
     from megatron.core.utils import divide, get_model_config
 
 kernels.install()
@@ -111,6 +126,8 @@ __all__ = [
     "AttnMaskType",
     "CoreModule",
     "CoreOptimizerConfig",
+    "CrossAttention",
+    "CrossAttentionSubmodules",
     "DistributedDataParallel",
     "DistributedDataParallelConfig",
     "DistributedOptimizer",
@@ -118,31 +135,41 @@ __all__ = [
     "Float16Module",
     "Float16Optimizer",
     "GPTModel",
+    "LanguageModelEmbedding",
+    "LanguageModule",
     "MLP",
     "MegatronOptimizer",
     "ModelType",
     "ModuleSpec",
     "OptimizerParamScheduler",
     "ProcessGroupCollection",
+    "RotaryEmbedding",
     "SelfAttention",
     "ShardedObject",
     "ShardedTensor",
     "ShardedTensorFactory",
+    "TransformerBlock",
     "TransformerBlockSubmodules",
     "TransformerConfig",
     "TransformerLayer",
+    "TransformerLayerSubmodules",
     "dist_checkpointing",
     "divide",
     "finalize_model_grads",
+    "get_bias_dropout_add",
     "get_forward_backward_func",
     "get_gpt_layer_local_spec",
     "get_megatron_optimizer",
     "get_model_config",
+    "get_moe_metrics_tracker",
     "get_num_layers_to_build",
     "get_transformer_layer_offset",
     "initialize_rng_tracker",
+    "make_sharded_tensors_for_checkpoint",
     "model_parallel_cuda_manual_seed",
     "parallel_state",
+    "replace_prefix_for_sharding",
+    "sharded_state_dict_default",
     "tensor_parallel",
     "use_device",
 ]

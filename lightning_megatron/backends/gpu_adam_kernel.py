@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: N803, PLR0917  (Triton: constants in capitals, and everything is positional)
+# ruff: noqa: N803  (Triton: constants in capitals, and everything is positional)
 """The Triton kernel behind :class:`~lightning_megatron.backends.fused_adam.FusedAdam`."""
 
 from __future__ import annotations
@@ -118,17 +118,15 @@ if AVAILABLE:
         tl.store(master + offsets, p, mask=mask)
         tl.store(avg + offsets, m, mask=mask)
         tl.store(avg_sq + offsets, v, mask=mask)
-        if MODEL == 1:
-            tl.store(model.to(tl.pointer_type(tl.bfloat16)) + offsets, p.to(tl.bfloat16), mask=mask)
-        elif MODEL == 2:
-            tl.store(model.to(tl.pointer_type(tl.float16)) + offsets, p.to(tl.float16), mask=mask)
+        if MODEL != 0:
+            tl.store(model + offsets, p.to(model.dtype.element_ty), mask=mask)
 
     @triton.jit
-    def _address(table, column: tl.constexpr, ALIGNED: tl.constexpr):
-        address = tl.load(table + column)
+    def _pointer(table, column: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+        pointer = tl.load(table + column).to(tl.pointer_type(TYPE))
         if ALIGNED:
-            address = tl.multiple_of(address, 16)
-        return address
+            pointer = tl.multiple_of(pointer, 16)
+        return pointer
 
     @triton.jit
     def _adam(
@@ -141,11 +139,11 @@ if AVAILABLE:
         start = tl.multiple_of(tl.load(starts + program), 16)  # a multiple of BLOCK
         size = tl.load(sizes + parameter)
         table = addresses + parameter * 5
-        master = _address(table, 0, ALIGNED).to(tl.pointer_type(tl.float32))
-        grad = _address(table, 1, ALIGNED).to(tl.pointer_type(tl.float32))
-        avg = _address(table, 2, ALIGNED).to(tl.pointer_type(tl.float32))
-        avg_sq = _address(table, 3, ALIGNED).to(tl.pointer_type(tl.float32))
-        model = _address(table, 4, ALIGNED)
+        master = _pointer(table, 0, tl.float32, ALIGNED)
+        grad = _pointer(table, 1, tl.float32, ALIGNED)
+        avg = _pointer(table, 2, tl.float32, ALIGNED)
+        avg_sq = _pointer(table, 3, tl.float32, ALIGNED)
+        model = _pointer(table, 4, tl.float16 if MODEL == 2 else tl.bfloat16, ALIGNED)
         coefficient = 1.0
         if HAS_COEFFICIENT:
             coefficient = tl.load(coefficients)

@@ -3,6 +3,7 @@
 from lightning_megatron.callbacks.health import NonFinite, NonFiniteError
 from lightning_megatron.callbacks.initial_weights import InitialWeights
 from lightning_megatron.callbacks.preemption import Preemption
+from lightning_megatron.callbacks.sample_text import SampleText
 from lightning_megatron.callbacks.throughput import Throughput
 
-__all__ = ["InitialWeights", "NonFinite", "NonFiniteError", "Preemption", "Throughput"]
+__all__ = ["InitialWeights", "NonFinite", "NonFiniteError", "Preemption", "SampleText", "Throughput"]

@@ -35,5 +35,5 @@ class Throughput(Callback):
         replicas: int = getattr(trainer.strategy, "data_parallel_size", trainer.world_size)
         self._steps.append((time.perf_counter() - self._started, tokens * replicas))
         seconds = sum(step[0] for step in self._steps)
-        self.log("tokens_per_s", sum(step[1] for step in self._steps) / seconds, prog_bar=True, batch_size=1)
-        self.log("step_time", seconds / len(self._steps), batch_size=1)
+        pl_module.log("tokens_per_s", sum(step[1] for step in self._steps) / seconds, prog_bar=True, batch_size=1)
+        pl_module.log("step_time", seconds / len(self._steps), batch_size=1)

@@ -181,11 +181,11 @@ def check(config: DictConfig) -> None:
         target = _locate(node["_target_"], path)
         hints, takes_any = _parameters(target)
         for name in node:
-            field = f"{path}.{name}" if path else str(name)
+            field = f"{path}.{name!s}" if path else str(name)
             if str(name).startswith("_"):
                 continue
             if name not in hints and not takes_any:
-                near = _nearest(str(name), list(hints))
+                near = _nearest(field, [f"{path}.{hint}" if path else hint for hint in hints])
                 raise ConfigurationError(f"{node['_target_']} has no field {field!r}.{near}")
             if OmegaConf.is_missing(node, name):
                 raise ConfigurationError(f"{field} has no value. Give it one: {field}=...")

@@ -1,4 +1,4 @@
-"""`lightning-megatron preprocess`, `merge` and `inspect`: text to indexed datasets, and a look at them."""
+"""`lightning-megatron preprocess`: text to indexed datasets, merging them, and a look at them."""
 
 import argparse
 import os
@@ -10,30 +10,28 @@ from lightning_megatron.errors import DataError
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add the three commands to a parser's subparsers; each sets `run` to :func:`run`."""
-    _add_preprocess(subparsers)
-    merge = subparsers.add_parser("merge", help="concatenate indexed datasets")
-    merge.add_argument("inputs", nargs="+", help="dataset prefixes, in order")
-    merge.add_argument("--output", required=True, help="prefix of the result")
-    inspect = subparsers.add_parser("inspect", help="count, decode and draw what indexed datasets hold")
-    inspect.add_argument("inputs", nargs="+", help="dataset prefixes")
-    inspect.add_argument("--tokenizer", help="decodes the sample")
-    inspect.add_argument("--histogram", type=Path, help="draw the document lengths into this PNG (default PREFIX.png)")
-    for command, parser in (("merge", merge), ("inspect", inspect)):
-        parser.set_defaults(run=run, data_command=command)
-
-
-def _add_preprocess(subparsers: Any) -> None:
+    """Add the command to a parser's subparsers; it sets `run` to :func:`run`."""
     parser = subparsers.add_parser(
         "preprocess",
-        help="tokenize text into indexed datasets",
+        help="tokenize text into indexed datasets; merge and inspect them",
         description="A run that was interrupted goes on where it was when the same command is given again.",
     )
-    parser.add_argument("inputs", nargs="+", help=".jsonl or .txt (also .gz, .zst), .parquet, datasets on disk")
-    parser.add_argument("--output", required=True, help="prefix; key K goes to PREFIX_K_document.bin and .idx")
-    parser.add_argument("--tokenizer", required=True, help="directory or name for AutoTokenizer, or a tokenizer.json")
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        help=".jsonl or .txt (also .gz, .zst), .parquet, datasets on disk; prefixes of datasets to merge or inspect",
+    )
+    parser.add_argument("--output", help="prefix; key K goes to PREFIX_K_document.bin and .idx")
+    parser.add_argument("--tokenizer", help="directory or name for AutoTokenizer, or a tokenizer.json")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--merge", action="store_true", help="concatenate indexed datasets into OUTPUT instead")
+    instead.add_argument("--inspect", action="store_true", help="count, decode and draw indexed datasets instead")
+    parser.add_argument("--histogram", type=Path, help="of --inspect: PNG of the document lengths (default PREFIX.png)")
     parser.add_argument("--keys", "--json-keys", nargs="+", default=["text"], help="a dataset is made of each")
     parser.add_argument("--append-eod", action="store_true", help="end each document with the eos token")
+    parser.add_argument(
+        "--add-special-tokens", action="store_true", help="such as bos, as the tokenizer does for a text"
+    )
     parser.add_argument("--split-sentences", action="store_true", help="make each sentence a sequence, for BERT")
     parser.add_argument("--sentence-splitter", choices=["auto", "nltk", "simple"], default="auto")
     parser.add_argument("--language", default="english", help="of nltk's splitter")
@@ -41,20 +39,26 @@ def _add_preprocess(subparsers: Any) -> None:
     parser.add_argument("--empty-documents", choices=["error", "skip", "keep"], default="error")
     parser.add_argument("--engine", choices=["tokenizers", "gigatoken"], default="tokenizers")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
-    parser.set_defaults(run=run, data_command="preprocess")
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command that was parsed; the exit code is 1 after an error, which is printed in one line."""
     from rich.console import Console
 
-    commands = {"preprocess": _preprocess, "merge": _merge, "inspect": _inspect}
+    command = _merge if args.merge else _inspect if args.inspect else _preprocess
     try:
-        commands[args.data_command](args, Console())
-    except DataError as error:
+        command(args, Console())
+    except (DataError, OSError) as error:  # such as an output that cannot be written
         Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_plain(str(error))}")
         return 1
     return 0
+
+
+def _require(args: argparse.Namespace, *names: str) -> None:
+    missing = [f"--{name}" for name in names if getattr(args, name) is None]
+    if missing:
+        raise DataError(f"Give {' and '.join(missing)} as well.")
 
 
 def _plain(text: str) -> str:
@@ -70,9 +74,11 @@ def _preprocess(args: argparse.Namespace, console: Any) -> None:
     from lightning_megatron.data.preprocessing import PreprocessOptions, preprocess
     from lightning_megatron.data.preprocessing import Progress as Reached
 
+    _require(args, "output", "tokenizer")
     options = PreprocessOptions(
         keys=tuple(args.keys),
         append_eod=args.append_eod,
+        add_special_tokens=args.add_special_tokens,
         split_sentences=args.split_sentences,
         sentence_splitter=args.sentence_splitter,
         language=args.language,
@@ -110,6 +116,7 @@ def _preprocess(args: argparse.Namespace, console: Any) -> None:
 def _merge(args: argparse.Namespace, console: Any) -> None:
     from lightning_megatron.data.indexed import IndexedDataset, merge
 
+    _require(args, "output")
     merge(args.inputs, args.output)
     merged = IndexedDataset(args.output)
     console.print(f"{_plain(args.output)}: {merged.num_documents:,} documents, {merged.num_tokens:,} tokens")

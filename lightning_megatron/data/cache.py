@@ -59,7 +59,10 @@ def cached_maps(directory: Path, description: Mapping[str, Any], build: Callable
     if not entry.is_dir():
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            with _locked(directory / f"{entry.name}.lock"):
+            with _locked(directory / f"{entry.name}.lock") as alone:
+                if alone:
+                    for left_behind in directory.glob(f"{entry.name}.*.partial"):  # by one that was killed
+                        shutil.rmtree(left_behind, ignore_errors=True)
                 if not entry.is_dir():
                     _store(entry, text, build())
         except OSError as error:
@@ -89,8 +92,12 @@ def _store(entry: Path, description: str, maps: IndexMaps) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[bool]:
+    """Hold a lock, and tell whether the file system has any; if not, the rename alone decides."""
     with path.open("a") as file:
-        with suppress(OSError):  # a file system without locks: the rename alone decides
+        try:
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        except OSError:
+            yield False
+            return
+        yield True

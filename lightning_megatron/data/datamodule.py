@@ -142,7 +142,7 @@ class PretrainingData(GlobalBatchDataModule):
             :class:`T5Dataset`.
         reset_position_ids, reset_attention_mask, eod_mask_loss: See :class:`GPTSamples`.
         train_samples: Samples to draw for training, in place of what `max_steps` implies.
-        vocab_size: Token ids at or above it are an error; the tokenizer's size by default.
+        vocab_size: The model's; token ids at or above it and a larger tokenizer are errors. By default the tokenizer's.
         reader: How `.bin` files are read: ``"mmap"``, ``"lazy"`` or ``"cached"``.
         cache_dir: Where index maps are cached; beside the data by default.
         num_workers, seed, rampup_batch_size: See :class:`GlobalBatchDataModule`.
@@ -221,6 +221,11 @@ class PretrainingData(GlobalBatchDataModule):
         tokenizer = self.tokenizer
         if tokenizer is None:
             return TokenLimits(self._vocab_size, None)
+        if self._vocab_size is not None and len(tokenizer) > self._vocab_size:
+            raise DataError(
+                f"The tokenizer has {len(tokenizer)} tokens, the model's vocab_size={self._vocab_size}: raise "
+                "vocab_size, or use the tokenizer that belongs to the model."
+            )
         return TokenLimits(self._vocab_size or len(tokenizer), end_of_document_id(tokenizer))
 
     def _build_split(self, name: SplitName, limits: TokenLimits) -> Dataset[Any] | None:
@@ -243,7 +248,8 @@ class PretrainingData(GlobalBatchDataModule):
                 raise DataError(
                     f"split={self.split!r} leaves no training documents in {path}: give train a larger part."
                 )
-            rank_zero_info(f"split={self.split!r} leaves no documents for {name}: it is skipped.")
+            if split_bounds(self.split, 10**9)[name]:
+                rank_zero_info(f"split={self.split!r} leaves no documents for {name}: it is skipped.")
             return None
         if len(blend.prefixes) == 1 and blend.weights is None:
             return datasets[0]

@@ -14,7 +14,8 @@ import errno
 import os
 import shutil
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Literal, Self, get_args
@@ -325,8 +326,8 @@ class IndexedDatasetWriter:
         with self._explaining_disk_full():
             self._file.write(data)
 
-    def _explaining_disk_full(self) -> "_ExplainDiskFull":
-        return _ExplainDiskFull(self.prefix)
+    def _explaining_disk_full(self) -> AbstractContextManager[None]:
+        return _explaining_disk_full(self.prefix)
 
     def close(self) -> None:
         """Write the index and give both files their names; the `.idx` comes last, so it never lacks its `.bin`."""
@@ -388,19 +389,15 @@ def _flush(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-class _ExplainDiskFull:
-    def __init__(self, prefix: Path) -> None:
-        self._prefix = prefix
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(self._prefix.parent).free
-            raise DataError(
-                f"The disk of {self._prefix.parent} is full ({free >> 20} MiB free) while writing {self._prefix.name}. "
-                "Nothing incomplete was kept: free some space or choose another output, then start again."
-            ) from error
+@contextmanager
+def _explaining_disk_full(prefix: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(prefix.parent).free
+        raise DataError(
+            f"The disk of {prefix.parent} is full ({free >> 20} MiB free) while writing {prefix.name}. Nothing "
+            "incomplete is taken for whole: free some space or choose another output, then start again."
+        ) from error

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lightning_megatron.module import MegatronModule
 
 
-def build_engine(module: MegatronModule, *, cuda_graphs: bool | None = None) -> Engine:
+def build_engine(module: MegatronModule, *, cuda_graphs: bool = False) -> Engine:
     """An engine for this rank's chunks of a module; keep it to generate often.
 
     Raises:
@@ -57,9 +57,9 @@ def generate(
         dist.all_gather_object(told, (found, repr(problem) if problem else None), group=groups.dp)
     if problem is not None:
         raise problem
-    for other, (_, error) in enumerate(told):
-        if error is not None:
-            raise RuntimeError(f"Replica {other} failed to generate its share of the prompts: {error}")
+    for other, (_, failure) in enumerate(told):
+        if failure is not None:
+            raise RuntimeError(f"Replica {other} failed to generate its share of the prompts: {failure}")
     return [generation for share, _ in told for generation in share]
 
 
@@ -97,7 +97,11 @@ def _agreed(
     try:
         config = GenerationConfig(**options) if config is None else config.replace(**options)
         lists = check_prompts(
-            as_lists(prompts), config, vocab_size=decoder.vocab_size, max_positions=decoder.max_positions
+            as_lists(prompts),
+            config,
+            vocab_size=decoder.vocab_size,
+            max_positions=decoder.max_positions,
+            encoder=decoder.is_encoder_decoder,
         )
     except ValueError as error:
         problem = str(error)

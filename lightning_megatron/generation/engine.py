@@ -34,6 +34,8 @@ class _Plan:
 
     prompts: list[tuple[int, ...]]
     """What the decoder reads first, one for each prompt."""
+    sources: list[tuple[int, ...]]
+    """What the encoder reads, if there is one."""
     copies: int
     """Rows of each prompt."""
     limits: list[int]
@@ -70,12 +72,10 @@ class Engine:
     Args:
         decoder: this rank's part of the model.
         groups: process groups of the replica.
-        cuda_graphs: record the step of a new token and replay it; ``None`` does so on CUDA.
+        cuda_graphs: record the step of a new token and replay it, on CUDA without tensor parallelism.
     """
 
-    def __init__(self, decoder: Decoder, groups: ProcessGroupCollection, *, cuda_graphs: bool | None = None) -> None:
-        if cuda_graphs is None:
-            cuda_graphs = decoder.device.type == "cuda"
+    def __init__(self, decoder: Decoder, groups: ProcessGroupCollection, *, cuda_graphs: bool = False) -> None:
         self.decoder: Decoder = GraphedDecoder(decoder) if cuda_graphs else decoder
         self.groups = groups
         self._pipeline = Pipeline(self.decoder, groups)
@@ -126,10 +126,10 @@ class Engine:
     # ------------------------------------------------------------------------- the loop
 
     def _plan(self, prompts: Sequence[Sequence[int]], config: GenerationConfig, *, copies: int) -> _Plan:
-        with torch.inference_mode():
-            starts = self.decoder.begin(prompts)
+        starts = self.decoder.begin(prompts)
         limits = [config.limit(len(start)) for start in starts for _ in range(copies)]
-        return _Plan(starts, copies, limits)
+        sources = [tuple(prompt) for prompt in prompts] if self.decoder.is_encoder_decoder else []
+        return _Plan(starts, sources, copies, limits)
 
     @torch.inference_mode()
     def _steps(
@@ -164,17 +164,32 @@ class Engine:
     def _read_prompts(self, plan: _Plan) -> Tensor | None:
         """Fill the cache from the prompts; the logits after each row's prompt on the last stage."""
         self._allocate(plan.rows, plan.slots)
+        if plan.sources:
+            self._encode(plan.sources)
         device, longest = self.decoder.device, plan.longest
-        padded = [[*prompt, *(_PADDING for _ in range(longest - len(prompt)))] for prompt in plan.prompts]
-        positions = torch.arange(longest, device=device).expand(len(padded), longest)
+        tokens, positions = self._padded(plan.prompts)
         last = torch.tensor([len(prompt) - 1 for prompt in plan.prompts], device=device)
-        step = Step(positions, keys=longest, offset=0, last=last)
-        logits = self._pipeline(torch.tensor(padded, device=device), step)
+        logits = self._pipeline(tokens, Step(positions, keys=longest, offset=0, last=last))
         if plan.copies > 1:
-            source = torch.arange(len(padded), device=device).repeat_interleave(plan.copies)
+            source = torch.arange(len(plan.prompts), device=device).repeat_interleave(plan.copies)
             self.decoder.select(source, longest)
             logits = None if logits is None else logits[source]
         return logits
+
+    def _encode(self, sources: list[tuple[int, ...]]) -> None:
+        tokens, positions = self._padded(sources)
+        lengths = torch.tensor([len(source) for source in sources], device=self.decoder.device)
+        visible = (positions < lengths[:, None])[:, None, None]
+        everywhere = len(set(map(len, sources))) == 1
+        step = Step(positions, tokens.size(1), offset=0, visible=None if everywhere else visible, encoding=True)
+        self._pipeline(tokens, step)
+
+    def _padded(self, texts: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+        """Tokens and positions, each ``[len(texts), longest]``, with texts at the left."""
+        longest, device = max(map(len, texts)), self.decoder.device
+        rows = [[*text, *(_PADDING for _ in range(longest - len(text)))] for text in texts]
+        positions = torch.arange(longest, device=device).expand(len(rows), longest)
+        return torch.tensor(rows, device=device), positions
 
     def _token_step(self, plan: _Plan, new: int) -> Step:
         """Where the token goes that follows ``new`` others after each prompt."""

@@ -7,17 +7,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_megatron.backends.core import ProcessGroupCollection
-from lightning_megatron.generation.layers import DecodingLayer, KVCache, Rotary, gather_columns
+from lightning_megatron.generation.ends import Embedding, Head
+from lightning_megatron.generation.layers import DecodingLayer, DistanceBias, KVCache, Rotary
 from lightning_megatron.generation.protocol import Step
 from lightning_megatron.models.config import GPTConfig
+from lightning_megatron.models.position_bias import alibi_bias
 
 
 class GPTDecoder:
-    """This rank's chunks of a :class:`~lightning_megatron.GPTModule`: a :class:`~lightning_megatron.generation.Decoder`.
+    """The :class:`~lightning_megatron.generation.Decoder` of a :class:`~lightning_megatron.GPTModule`.
 
     Raises:
         ModuleError: layers that decoding does not know.
@@ -29,6 +30,7 @@ class GPTDecoder:
         self.hidden_size = config.hidden_size
         self.vocab_size = config.vocab_size
         self.max_positions = config.max_position_embeddings
+        self.is_encoder_decoder = False
         self.dtype, self.device = weight.dtype, weight.device
         self._chunks = [_Chunk(chunk, config, groups.tp, self.dtype, self.device) for chunk in chunks]
         self._caches: list[KVCache] = []
@@ -66,51 +68,25 @@ class _Chunk:
     def __init__(
         self, chunk: Any, config: GPTConfig, tp: dist.ProcessGroup, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self._tp = tp
-        self._vocab_size = config.vocab_size
-        self._embedding = chunk.embedding if chunk.pre_process else None
-        self._final_norm = chunk.decoder.final_layernorm if chunk.post_process else None
-        self._tied, self._chunk = config.share_embeddings_and_output_weights, chunk
+        self._embed = Embedding(chunk, tp) if chunk.pre_process else None
+        self._logits = Head(chunk, chunk.decoder.final_layernorm, config, tp) if chunk.post_process else None
         self._rotary = _rotary(chunk, config, dtype, device)
         self.layers = [
             DecodingLayer(layer, index, tp, self._rotary) for index, layer in enumerate(chunk.decoder.layers)
         ]
+        self._bias = _alibi(chunk, config, dtype, device)
         # A stage of an uneven pipeline may hold the embedding or the output alone.
         self.groups = self.layers[0].groups if self.layers else 1
         self.head_size = self.layers[0].head_size if self.layers else 1
         self.cache_width = len(self.layers) * self.groups * self.head_size
 
     def __call__(self, inputs: Tensor, cache: KVCache, step: Step) -> Tensor:
-        hidden = inputs if self._embedding is None else self._embed(inputs, step)
+        hidden = inputs if self._embed is None else self._embed(inputs, step)
         table = None if self._rotary is None else self._rotary.at(step.positions)
+        bias = None if self._bias is None else self._bias.at(step)
         for layer in self.layers:
-            hidden = layer(hidden, cache, step, table, None)
-        return hidden if self._final_norm is None else self._logits(hidden, step)
-
-    def _embed(self, tokens: Tensor, step: Step) -> Tensor:
-        assert self._embedding is not None
-        weight = self._embedding.word_embeddings.weight
-        if self._tp.size() == 1:
-            hidden = F.embedding(tokens, weight)
-        else:
-            local = tokens - self._tp.rank() * weight.size(0)
-            elsewhere = (local < 0) | (local >= weight.size(0))
-            hidden = F.embedding(local.masked_fill(elsewhere, 0), weight).masked_fill(elsewhere[..., None], 0)
-            dist.all_reduce(hidden, group=self._tp)
-        if self._embedding.add_position_embedding:
-            hidden = hidden + self._embedding.position_embeddings(step.positions)
-        return hidden
-
-    def _logits(self, hidden: Tensor, step: Step) -> Tensor:
-        assert self._final_norm is not None
-        if step.last is not None:
-            hidden = hidden[torch.arange(hidden.size(0), device=hidden.device), step.last]
-        else:
-            hidden = hidden[:, 0]
-        chunk = self._chunk
-        weight = chunk.shared_embedding_or_output_weight() if self._tied else chunk.output_layer.weight
-        part = F.linear(self._final_norm(hidden), weight)
-        return gather_columns(part, self._tp)[:, : self._vocab_size].float()
+            hidden = layer(hidden, cache, step, table, bias)
+        return hidden if self._logits is None else self._logits(hidden, step)
 
 
 def _rotary(chunk: Any, config: GPTConfig, dtype: torch.dtype, device: torch.device) -> Rotary | None:
@@ -121,3 +97,10 @@ def _rotary(chunk: Any, config: GPTConfig, dtype: torch.dtype, device: torch.dev
     with torch.inference_mode(False), torch.no_grad():
         angles = chunk.rotary_pos_emb(config.max_position_embeddings, packed_seq=True)
     return Rotary(angles[:, 0, 0].to(device), dtype)
+
+
+def _alibi(chunk: Any, config: GPTConfig, dtype: torch.dtype, device: torch.device) -> DistanceBias | None:
+    if config.position_embedding_type != "alibi" or not len(chunk.decoder.layers):
+        return None
+    slopes = chunk.decoder.layers[0].self_attention.core_attention.slopes
+    return DistanceBias(alibi_bias(slopes, config.max_position_embeddings), dtype, device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class _Recorded:
 class GraphedDecoder:
     """A decoder whose passes over single new tokens are recorded once and replayed.
 
-    Recordings hold addresses of the cache and the weights; both stay while the sizes of a call stay, or shrink in slots.
+    Recordings hold addresses of the cache and the weights; both stay while calls have the same rows, and no more slots.
     """
 
     def __init__(self, decoder: Decoder) -> None:
@@ -35,10 +36,11 @@ class GraphedDecoder:
         self.hidden_size = decoder.hidden_size
         self.vocab_size = decoder.vocab_size
         self.max_positions = decoder.max_positions
+        self.is_encoder_decoder = decoder.is_encoder_decoder
         self.dtype, self.device = decoder.dtype, decoder.device
         self._size = (0, 0)
         self._recorded: dict[tuple[int, int], _Recorded] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
         """As the decoder's."""
@@ -51,6 +53,8 @@ class GraphedDecoder:
     def allocate(self, rows: int, slots: int) -> None:
         """Keep the cache if it is large enough and has this many rows."""
         slots = _whole_buckets(slots)
+        if self._decoder.is_encoder_decoder:
+            self.release()  # recordings hold the address of what the encoder wrote
         if self._size[0] == rows and self._size[1] >= slots:
             return
         self.release()
@@ -70,7 +74,7 @@ class GraphedDecoder:
 
     def forward(self, chunk: int, inputs: Tensor, step: Step) -> Tensor:
         """As the decoder's. The output of a new token is overwritten by the next one's."""
-        if step.is_prompt:
+        if step.is_prompt or step.encoding:
             return self._decoder.forward(chunk, inputs, step)
         key = (chunk, _whole_buckets(step.keys))
         recorded = self._recorded.get(key)

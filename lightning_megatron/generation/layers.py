@@ -16,10 +16,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_megatron.backends.core import MLP, SelfAttention, TransformerLayer
+from lightning_megatron.backends.core import MLP, CrossAttention, SelfAttention, TransformerLayer
 from lightning_megatron.errors import ModuleError
 from lightning_megatron.generation.protocol import Step
 
+_SLICES = 4
 _NORMS = (torch.nn.LayerNorm, torch.nn.RMSNorm)
 
 
@@ -96,6 +97,7 @@ class DecodingLayer:
         self._heads_per_group = config.num_attention_heads // config.num_query_groups
         self._ranks_per_group = max(1, tp.size() // config.num_query_groups)
         self.groups = max(1, config.num_query_groups // tp.size())
+        self._cross = CrossDecoding(layer, tp) if isinstance(layer.cross_attention, CrossAttention) else None
         self.head_size = self._head_size
 
     def __call__(
@@ -108,6 +110,8 @@ class DecodingLayer:
             bias: of the scores by position, ``[rows or 1, heads, sequence, keys]``.
         """
         hidden = hidden + self._attend(self._norms[0](hidden), cache, step, table, bias)
+        if self._cross is not None:
+            hidden = hidden + self._cross(hidden)
         return hidden + self._mlp(self._norms[1](hidden))
 
     # ------------------------------------------------------------------ attention
@@ -119,16 +123,19 @@ class DecodingLayer:
         if self._rotary is not None and table is not None:
             query, key = self._rotary(query, table), self._rotary(key, table)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        if step.encoding:
+            out = self._attend_both_ways(query, key, value, step.visible, bias)
+            return row_parallel(self._projection, out, self._tp)
         past_keys, past_values = cache.extend(self._index, key, value, step)
         if step.is_prompt:
             out = self._attend_prompt(query, key, value, bias)
         else:
             out = self._attend_token(query, past_keys, past_values, step.visible, bias)
-        return self._row_parallel(self._projection, out)
+        return row_parallel(self._projection, out, self._tp)
 
     def _query_key_value(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``[rows, sequence, heads or groups, head_size]`` of this rank. Weights lie group by group: q.. k v, q.. k v."""
-        mixed = F.linear(hidden, self._qkv.weight, self._qkv.bias)
+        """``[rows, sequence, heads or groups, head_size]`` of this rank. Weights lie group by group: q.. k v."""
+        mixed = project(hidden, self._qkv.weight, self._qkv.bias)
         if self._ranks_per_group > 1:
             mixed = gather_columns(mixed, self._tp)
             group = self._tp.rank() // self._ranks_per_group
@@ -156,6 +163,15 @@ class DecodingLayer:
         )
         return out.transpose(1, 2).flatten(2)
 
+    def _attend_both_ways(
+        self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        mask = visible if bias is None or visible is None else bias.masked_fill(~visible, float("-inf"))
+        mask = bias if mask is None else mask
+        grouped = query.size(1) != key.size(1)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self._scale, enable_gqa=grouped)
+        return out.transpose(1, 2).flatten(2)
+
     def _attend_token(
         self, query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, bias: Tensor | None
     ) -> Tensor:
@@ -173,20 +189,110 @@ class DecodingLayer:
     # ------------------------------------------------------------------------ MLP
 
     def _mlp(self, hidden: Tensor) -> Tensor:
-        inner = F.linear(hidden, self._fc1.weight, self._fc1.bias)
+        inner = project(hidden, self._fc1.weight, self._fc1.bias)
         if self._gated:
             gate, up = inner.chunk(2, dim=-1)
             inner = self._activation(gate) * up
         else:
             inner = self._activation(inner)
-        return self._row_parallel(self._fc2, inner)
+        return row_parallel(self._fc2, inner, self._tp)
 
-    def _row_parallel(self, linear: Any, inputs: Tensor) -> Tensor:
-        if self._tp.size() == 1:
-            return F.linear(inputs, linear.weight, linear.bias)
-        out = F.linear(inputs, linear.weight)
-        dist.all_reduce(out, group=self._tp)
-        return out if linear.bias is None else out + linear.bias
+    def look_at(self, encoded: Tensor, visible: Tensor | None) -> None:
+        """Keep the keys and values of what the encoder gave, ``[prompts, sequence, hidden]``, for cross attention."""
+        assert self._cross is not None
+        self._cross.look_at(encoded, visible)
+
+    def forget(self) -> None:
+        """Drop them."""
+        if self._cross is not None:
+            self._cross.forget()
+
+
+class CrossDecoding:
+    """Attention of a decoder's layer to what the encoder gave.
+
+    Rows of one prompt look at the same keys, so they take the place of a sequence of queries, and keys are not copied.
+    """
+
+    def __init__(self, layer: Any, tp: dist.ProcessGroup) -> None:
+        attention = layer.cross_attention
+        self._norm, self._query, self._key_value = (
+            layer.pre_cross_attn_layernorm,
+            attention.linear_q,
+            attention.linear_kv,
+        )
+        self._projection, self._tp = attention.linear_proj, tp
+        self._head_size, self._scale = attention.hidden_size_per_attention_head, attention.core_attention.softmax_scale
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+        self._visible: Tensor | None = None
+
+    def look_at(self, encoded: Tensor, visible: Tensor | None) -> None:
+        """Keys and values ``[prompts, heads, sequence, head_size]``, head by head in the weights."""
+        mixed = project(encoded, self._key_value.weight, self._key_value.bias)
+        mixed = mixed.unflatten(-1, (-1, 2, self._head_size)).transpose(1, 2)
+        self._keys, self._values = (part.contiguous() for part in mixed.unbind(3))
+        self._visible = visible
+
+    def forget(self) -> None:
+        self._keys = self._values = self._visible = None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """``[rows, sequence, hidden]`` to the same, where rows of one prompt are side by side."""
+        assert self._keys is not None
+        assert self._values is not None
+        query = project(self._norm(hidden), self._query.weight, self._query.bias)
+        query = query.unflatten(-1, (-1, self._head_size)).view(
+            self._keys.size(0), -1, self._keys.size(1), self._head_size
+        )
+        out = F.scaled_dot_product_attention(
+            query.transpose(1, 2), self._keys, self._values, attn_mask=self._visible, scale=self._scale
+        )
+        out = out.transpose(1, 2).reshape(hidden.size(0), hidden.size(1), -1)
+        return row_parallel(self._projection, out, self._tp)
+
+
+class DistanceBias:
+    """Biases of scores by key position minus query position, from one row for each head of this rank.
+
+    Args:
+        by_distance: ``[heads, 2 * length - 1]``, whose middle column is distance zero.
+    """
+
+    def __init__(self, by_distance: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+        self._table = by_distance.to(device=device, dtype=dtype)
+
+    def at(self, step: Step) -> Tensor:
+        """``[rows or 1, heads, sequence, keys]``; one row where all agree."""
+        positions = step.positions if step.offset is None else step.positions[:1]
+        keys = torch.arange(step.keys, device=positions.device)
+        distance = keys - positions[:, :, None] + self._table.size(1) // 2
+        return self._table[:, distance].transpose(0, 1)
+
+
+def project(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear``, by another kernel where that is faster.
+
+    For one row on a CPU the time is that of reading the weights, which MKL's matrix product does at half the memory's
+    speed; its batched one, over slices of the same weights, does better (benchmarks/generation.py).
+    """
+    width, out = weight.size(1), weight.size(0)
+    if inputs.numel() != width or weight.device.type != "cpu" or out % _SLICES:
+        return F.linear(inputs, weight, bias)
+    slices = weight.view(_SLICES, out // _SLICES, width)
+    # As the transpose of a row: with other strides, torch takes its own kernel, which is ten times slower.
+    column = inputs.reshape(1, width).t().expand(_SLICES, width, 1)
+    product = torch.bmm(slices, column).view(*inputs.shape[:-1], out)
+    return product if bias is None else product + bias
+
+
+def row_parallel(linear: Any, inputs: Tensor, tp: dist.ProcessGroup) -> Tensor:
+    """A linear whose inputs are spread over the ranks of a group."""
+    if tp.size() == 1:
+        return project(inputs, linear.weight, linear.bias)
+    out = project(inputs, linear.weight)
+    dist.all_reduce(out, group=tp)
+    return out if linear.bias is None else out + linear.bias
 
 
 def gather_columns(part: Tensor, group: dist.ProcessGroup) -> Tensor:

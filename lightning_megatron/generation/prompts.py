@@ -59,7 +59,7 @@ def check_prompts(
         length = len(prompt)
         if length == 0:
             raise ValueError(f"Prompt {index} is empty. Give bos_token to generate from nothing.")
-        if not (min(prompt) >= 0 and max(prompt) < vocab_size):
+        if min(prompt) < 0 or max(prompt) >= vocab_size:
             raise ValueError(
                 f"Prompt {index} holds tokens from {min(prompt)} to {max(prompt)}, but vocab_size={vocab_size}."
             )
@@ -100,8 +100,8 @@ def agree(problem: str | None, content: object, groups: Sequence[dist.ProcessGro
 def of_batch(batch: Mapping[str, Any]) -> list[list[int]]:
     """The prompts of a batch of a data loader.
 
-    The batch holds ``prompts``, a list of lists of token ids; or ``input_ids`` or ``tokens``, ``[batch, sequence]``, with
-    an optional ``attention_mask`` that is 0 at the padding, on either side, or ``lengths``.
+    The batch holds ``prompts``, a list of lists of token ids; or ``input_ids`` or ``tokens``, ``[batch, sequence]``,
+    with an optional ``attention_mask`` that is 0 at the padding, on either side, or ``lengths``.
 
     Raises:
         DataError: none of these.

@@ -15,8 +15,8 @@ class Step:
     """Which positions a forward pass is about.
 
     Prompts stand at the left of their rows: token ``i`` of a row has position ``i`` and slot ``i`` of the cache, at any
-    length of the others. What is to the right of a shorter prompt is never seen: causality hides it from the prompt's own
-    tokens, and each new token overwrites one slot of it and sees none beyond.
+    length of the others. What is to the right of a shorter prompt is never seen: causality hides it from the prompt's
+    own tokens, and each new token overwrites one slot of it and sees none beyond.
     """
 
     positions: Tensor
@@ -26,9 +26,11 @@ class Step:
     offset: int | None
     """The first position if all rows agree, so that slices can do what indices otherwise must."""
     visible: Tensor | None = None
-    """``[rows, 1, 1, keys]``, ``True`` where a new token may look; ``None`` when it may look at every key."""
+    """``[rows, 1, 1, keys]``, ``True`` where a new token, or one of an encoder, may look; ``None`` is everywhere."""
     last: Tensor | None = None
     """``[rows]``: in a prompt, which position's logits are wanted. ``None`` is the only one."""
+    encoding: bool = False
+    """Whether an encoder reads what the decoder will look back at."""
 
     @property
     def is_prompt(self) -> bool:
@@ -39,7 +41,7 @@ class Step:
 class Decoder(Protocol):
     """This rank's chunks of one model, decoding. The engine drives it; a module's ``build_decoder`` makes it.
 
-    Chunk ``c`` of pipeline rank ``p`` is part ``c * pipeline_size + p`` of the model. What a part gives goes to the next.
+    Chunk ``c`` of pipeline rank ``p`` is part ``c * pipeline_size + p`` of the model; parts run in that order.
     """
 
     num_chunks: int
@@ -47,11 +49,13 @@ class Decoder(Protocol):
     vocab_size: int
     max_positions: int
     """The longest sequence."""
+    is_encoder_decoder: bool
+    """Whether the model first runs with ``Step.encoding`` over the prompts; that pass gives nothing."""
     dtype: torch.dtype
     device: torch.device
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
-        """What the decoder reads first: the prompts. An encoder-decoder encodes them, and its decoder reads a start."""
+        """What the decoder reads first: the prompts, or the start token of an encoder-decoder for each."""
         ...
 
     def cache_bytes(self, rows: int, slots: int) -> int:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """One generated sequence."""
+class Generation(NamedTuple):
+    """One generated sequence. Not a dataclass, since Lightning's ``predict`` refuses frozen ones."""
 
     prompt: tuple[int, ...]
-    """Token ids of the prompt, with the beginning-of-sequence token if one was added."""
+    """Token ids of the prompt, with the beginning-of-sequence token if one was added.
+    Of an encoder-decoder, its decoder's start token."""
     new_tokens: tuple[int, ...]
     """What was generated, with the stop token if there was one."""
     finish_reason: Literal["stop", "length"]

@@ -76,7 +76,7 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
 
 
 def uniforms(seed: int, rows: list[int], steps: int) -> Tensor:
-    """Numbers to draw with, ``[len(rows), steps]`` in fp64: row ``r`` has its own stream, whatever rows are beside it."""
+    """Numbers to draw with, ``[len(rows), steps]`` in fp64. Row ``r`` has its own stream, whatever is beside it."""
     streams = []
     for row in rows:
         generator = torch.Generator().manual_seed((seed * 1_000_003 + row) % 2**63)

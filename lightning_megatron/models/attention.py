@@ -1,9 +1,15 @@
-"""Core attention on ``torch.nn.functional.scaled_dot_product_attention``: memory linear in the sequence, any device."""
+"""Core attention for every model: causal, padding, documents, arbitrary masks, position biases, context parallelism.
+
+What a query may see, and what is added to its score, is kept small (:class:`Scores`): documents as one number per
+token, biases as one row per head. Two kernels read it: torch's scaled dot product attention, which takes it as a
+tensor of scores, and FlexAttention on CUDA, which computes it on the fly, so that memory stays linear in the sequence.
+"""
 
 from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,15 +24,71 @@ from lightning_megatron.backends.core import (
     divide,
     tensor_parallel,
 )
+from lightning_megatron.models import flex
+from lightning_megatron.models.context_parallel import positions, zigzag_order, zigzag_positions
+from lightning_megatron.models.position_bias import alibi_bias, alibi_slopes
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What attention does to its scores besides scaling them."""
+
+    causal: bool
+    query_positions: Tensor
+    """``[queries]``"""
+    key_positions: Tensor
+    """``[keys]``"""
+    query_documents: Tensor | None = None
+    """``[batch, queries]``; a query sees only keys of its own document."""
+    key_documents: Tensor | None = None
+    """``[batch, keys]``"""
+    hidden: Tensor | None = None
+    """``True`` where a key is hidden; broadcastable to ``[batch, heads, queries, keys]``."""
+    bias: Tensor | None = None
+    """Added to the scaled scores; broadcastable to ``[batch, heads, queries, keys]``."""
+    bias_by_distance: Tensor | None = None
+    """``[heads, 2 * length - 1]``; added by key position minus query position, see ``position_bias``."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether there is nothing but, perhaps, causality."""
+        extras = (self.query_documents, self.hidden, self.bias, self.bias_by_distance)
+        return all(extra is None for extra in extras)
+
+    def materialise(self, dtype: torch.dtype) -> Tensor | None:
+        """One tensor to add to scores, broadcastable to ``[batch, heads, queries, keys]``; ``None`` for nothing.
+
+        Hidden keys get the lowest finite number, so a query that sees none gets the mean of all values, not NaN.
+        """
+        distance = self.key_positions[None, :] - self.query_positions[:, None]
+        hidden = self.hidden
+        if self.causal and self.query_positions.numel() > 1:
+            hidden = distance > 0 if hidden is None else hidden | (distance > 0)
+        if self.query_documents is not None and self.key_documents is not None:
+            other = (self.query_documents[:, :, None] != self.key_documents[:, None, :])[:, None]
+            hidden = other if hidden is None else hidden | other
+        bias = self.bias
+        if self.bias_by_distance is not None:
+            by_distance = self.bias_by_distance[:, distance + self.bias_by_distance.size(1) // 2].to(dtype)
+            bias = by_distance if bias is None else bias + by_distance
+        if hidden is None:
+            return bias
+        lowest = torch.finfo(dtype).min
+        floor = torch.zeros((), dtype=dtype, device=hidden.device).masked_fill(hidden, lowest)
+        return floor if bias is None else (bias + floor).clamp(min=lowest)
 
 
 class SDPACoreAttention(CoreModule):
     """A drop-in for megatron-core's ``DotProductAttention``, which keeps scores of ``[batch, heads, query, key]``.
 
-    Grouped queries are attended without copies of keys and values where the backend of torch can. Masks follow
-    megatron-core: ``True`` is masked out. A query that sees no key gets the mean of all values, not NaN.
+    Grouped queries are attended without copies of keys and values where the backend of torch can. A query that sees no
+    key gets the mean of all values, not NaN. Under context parallelism keys and values are gathered over the ranks that
+    share a sequence; the order is megatron-core's, see :mod:`lightning_megatron.models.context_parallel`.
+
+    Args:
+        alibi: lower scores by distance instead of giving tokens positions (Press et al. 2021, arXiv:2108.12409).
 
     Raises:
         ValueError: a configuration that needs another core attention.
@@ -42,17 +104,28 @@ class SDPACoreAttention(CoreModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        *,
+        alibi: bool = False,
         **_: Any,
     ) -> None:
         super().__init__(config=config)
-        for name, only in (("context_parallel_size", 1), ("softmax_type", "vanilla"), ("window_size", None)):
+        for name, only in (("softmax_type", "vanilla"), ("window_size", None)):
             if getattr(config, name) != only:
                 raise ValueError(f"{name}={getattr(config, name)!r} is not supported here, only {only!r}.")
-        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"])
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
+        self.context_group = groups.cp if config.context_parallel_size > 1 else None
+        if self.context_group is not None and attention_type == "cross":
+            raise ValueError("Cross attention cannot be split along the sequence: set context_parallel_size=1.")
         self.attn_mask_type = attn_mask_type
         self.hidden_size_per_partition = divide(config.kv_channels * config.num_attention_heads, groups.tp.size())
         self.softmax_scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
         self.attention_dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.slopes: Tensor | None = None
+        if alibi:
+            heads = divide(config.num_attention_heads, groups.tp.size())
+            mine = slice(groups.tp.rank() * heads, (groups.tp.rank() + 1) * heads)
+            # Kept in fp32 and out of the state dict: a module cast to bf16 would cast a buffer, and move slopes.
+            self.slopes = torch.tensor(alibi_slopes(config.num_attention_heads)[mine], dtype=torch.float32)
 
     def forward(
         self,
@@ -69,30 +142,102 @@ class SDPACoreAttention(CoreModule):
         Args:
             query: ``[query_sequence, batch, heads, head_size]``, heads of this tensor-parallel rank.
             key, value: ``[key_sequence, batch, query_groups, head_size]``.
-            attention_mask: ``True`` where a key is hidden; broadcastable to ``[batch, heads, query, key]``.
+            attention_mask: boolean, ``True`` where a key is hidden, broadcastable to ``[batch, heads, query, key]``; or
+                whole numbers ``[batch, key_sequence]``, the document of each token, which a query does not look
+                beyond. Padding is a document of its own.
             attn_mask_type: overrides the type given to the constructor.
-            attention_bias: added to the scaled scores; broadcastable to ``[batch, heads, query, key]``.
+            attention_bias: added to the scaled scores: broadcastable to ``[batch, heads, query, key]``, or
+                ``[heads, 2 * length - 1]`` by distance (see ``position_bias``).
 
         Returns:
             ``[query_sequence, batch, heads * head_size]``
+
+        Raises:
+            ValueError: packed sequences, or under context parallelism a boolean mask or a bias of all pairs.
         """
         if packed_seq_params is not None:
             raise ValueError("Packed sequences need document boundaries given as a mask here, not packed_seq_params.")
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        mask_type = attn_mask_type if attn_mask_type is not None else self.attn_mask_type
-        bias, is_causal = self._bias(q, k, attention_mask, attention_bias, mask_type)
-        dropout = self.attention_dropout if self.training else 0.0
-        with self._rng(dropout):
-            out = F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=bias,
-                dropout_p=dropout,
-                is_causal=is_causal,
-                scale=self.softmax_scale,
-                enable_gqa=q.size(1) != k.size(1),
+        causal = (attn_mask_type if attn_mask_type is not None else self.attn_mask_type) in _CAUSAL
+        if self.context_group is not None:
+            return self._across_ranks(query, key, value, attention_mask, attention_bias, causal)
+        queries, keys = query.size(0), key.size(0)
+        key_positions = positions(keys, query.device)
+        # Aligned to the end, so that a chunk of queries sees every key before it.
+        query_positions = key_positions[keys - queries :] if causal else positions(queries, query.device)
+        documents = attention_mask if _holds_documents(attention_mask) else None
+        scores = Scores(
+            causal,
+            query_positions,
+            key_positions,
+            query_documents=None if documents is None else documents[:, -queries:],
+            key_documents=documents,
+            hidden=attention_mask if documents is None else None,
+            **self._biases(attention_bias, keys, query.device),
+        )
+        return self._attend(query, key, value, scores, in_order=queries == keys)
+
+    def _across_ranks(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, causal: bool
+    ) -> Tensor:
+        """Attend from this rank's part of the sequences to all parts, which are gathered."""
+        if (mask is not None and not _holds_documents(mask)) or (bias is not None and bias.dim() != 2):
+            raise ValueError(
+                "Under context parallelism, tell boundaries by document_ids: a mask or a bias of all pairs of tokens "
+                "does not fit to a part of the sequence. Or set context_parallel_size=1."
             )
+        group = self.context_group
+        assert group is not None
+        ranks, rank, device = group.size(), group.rank(), query.device
+        length = query.size(0) * ranks
+        gathered = tensor_parallel.gather_from_sequence_parallel_region(
+            torch.stack([key, value], dim=1), tensor_parallel_output_grad=True, group=group
+        )
+        all_documents = None
+        if mask is not None:
+            parts = tensor_parallel.gather_from_sequence_parallel_region(
+                mask.t().contiguous(), tensor_parallel_output_grad=False, group=group
+            )
+            all_documents = parts.t()
+        scores = Scores(
+            causal,
+            query_positions=zigzag_positions(length, ranks, rank, device),
+            key_positions=zigzag_order(length, ranks, device),
+            query_documents=mask,
+            key_documents=all_documents,
+            **self._biases(bias, length, device),
+        )
+        return self._attend(query, gathered[:, 0], gathered[:, 1], scores, in_order=False)
+
+    def _biases(self, given: Tensor | None, length: int, device: torch.device) -> dict[str, Tensor | None]:
+        if self.slopes is not None:
+            if given is not None:
+                raise ValueError("ALiBi is a bias of its own and does not go with another attention_bias.")
+            self.slopes = self.slopes.to(device)
+            return {"bias": None, "bias_by_distance": alibi_bias(self.slopes, length)}
+        by_distance = given is not None and given.dim() == 2
+        return {"bias": None if by_distance else given, "bias_by_distance": given if by_distance else None}
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores, *, in_order: bool) -> Tensor:
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        dropout = self.attention_dropout if self.training else 0.0
+        bias: Tensor | None = None
+        is_causal = scores.plain and scores.causal and in_order
+        if not is_causal and flex.usable(q, scores, dropout):
+            out = flex.attend(q, k, v, scores, self.softmax_scale)
+        else:
+            if not is_causal:
+                bias = scores.materialise(q.dtype)
+            with self._rng(dropout):
+                out = F.scaled_dot_product_attention(
+                    q,
+                    k,
+                    v,
+                    attn_mask=bias,
+                    dropout_p=dropout,
+                    is_causal=is_causal,
+                    scale=self.softmax_scale,
+                    enable_gqa=q.size(1) != k.size(1),
+                )
         return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), self.hidden_size_per_partition)
 
     def _rng(self, dropout: float) -> AbstractContextManager[None]:
@@ -102,18 +247,6 @@ class SDPACoreAttention(CoreModule):
             return nullcontext()
         return tensor_parallel.get_cuda_rng_tracker().fork()
 
-    @staticmethod
-    def _bias(
-        q: Tensor, k: Tensor, mask: Tensor | None, bias: Tensor | None, mask_type: AttnMaskType
-    ) -> tuple[Tensor | None, bool]:
-        queries, keys = q.size(2), k.size(2)
-        if mask_type in _CAUSAL and queries > 1:
-            if mask is None and bias is None and queries == keys:
-                return None, True
-            # Aligned to the end, so that a chunk of queries sees every key before it.
-            future = torch.ones(queries, keys, dtype=torch.bool, device=q.device).triu(keys - queries + 1)
-            mask = future if mask is None else mask | future
-        if mask is not None:
-            hidden = torch.zeros((), dtype=q.dtype, device=q.device).masked_fill(mask, torch.finfo(q.dtype).min)
-            bias = hidden if bias is None else (bias + hidden).clamp(min=torch.finfo(q.dtype).min)
-        return bias, False
+
+def _holds_documents(mask: Tensor | None) -> bool:
+    return mask is not None and mask.dim() == 2 and mask.dtype != torch.bool

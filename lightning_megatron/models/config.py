@@ -6,8 +6,8 @@ import difflib
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self
 
-PositionEmbedding = Literal["learned_absolute", "rope", "none"]
-POSITION_EMBEDDINGS = ("learned_absolute", "rope", "none")
+PositionEmbedding = Literal["learned_absolute", "rope", "alibi", "none"]
+POSITION_EMBEDDINGS = ("learned_absolute", "rope", "alibi", "none")
 Normalization = Literal["LayerNorm", "RMSNorm"]
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
@@ -124,19 +124,53 @@ class TransformerModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GPTConfig(TransformerModelConfig):
-    """A decoder-only language model: GPT-2 by default, Llama-style through :meth:`llama`."""
+    """A decoder-only language model: GPT-2 by default, Llama-style through :meth:`llama`, a mixture of experts with
+    ``num_moe_experts``.
+
+    Raises:
+        ValueError: as for :class:`TransformerModelConfig`, and for rotary or expert fields that do not fit each other.
+    """
 
     position_embedding_type: PositionEmbedding = "learned_absolute"
+    """``alibi`` biases attention by distance (arXiv:2108.12409) and gives tokens no positions."""
     rotary_base: float = 10000.0
     rotary_percent: float = 1.0
+    rope_scaling: bool = False
+    """Stretch the slow frequencies of RoPE for longer contexts as Llama 3.1 does (arXiv:2407.21783)."""
+    rope_scaling_factor: float = 8.0
+    seq_len_interpolation_factor: float | None = None
+    """Divide positions by this before RoPE (position interpolation, arXiv:2306.15595)."""
     share_embeddings_and_output_weights: bool = True
     """Tie the output projection to the token embedding."""
+    num_moe_experts: int | None = None
+    """Experts of each layer's MLP (arXiv:2101.03961); ``None`` is a dense MLP."""
+    moe_router_topk: int = 2
+    """Experts that each token goes to."""
+    moe_ffn_hidden_size: int | None = None
+    """Inner width of one expert; ``None`` is that of the dense MLP."""
+    moe_aux_loss_coeff: float = 0.01
+    """Weight of the load-balancing loss, which is logged unweighted as ``load_balancing_loss``."""
+    moe_z_loss_coeff: float | None = None
+    """Weight of the router's z-loss (arXiv:2202.08906), logged as ``z_loss``."""
+    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
 
     def __post_init__(self) -> None:
         super(GPTConfig, self).__post_init__()
         _choice("position_embedding_type", self.position_embedding_type, POSITION_EMBEDDINGS)
         if not 0.0 < self.rotary_percent <= 1.0:
             raise ValueError(f"rotary_percent={self.rotary_percent!r} is not in (0, 1].")
+        if (self.rope_scaling or self.seq_len_interpolation_factor) and self.position_embedding_type != "rope":
+            raise ValueError(
+                "rope_scaling and seq_len_interpolation_factor belong to position_embedding_type='rope', but it is "
+                f"{self.position_embedding_type!r}."
+            )
+        if self.num_moe_experts is not None:
+            _choice("moe_token_dispatcher_type", self.moe_token_dispatcher_type, ("alltoall", "allgather"))
+            if self.num_moe_experts < 1 or not 1 <= self.moe_router_topk <= self.num_moe_experts:
+                raise ValueError(
+                    f"moe_router_topk={self.moe_router_topk} is not between 1 and "
+                    f"num_moe_experts={self.num_moe_experts}."
+                )
 
     @classmethod
     def gpt2(cls, size: Literal["small", "medium", "large", "xl"] = "small", **changes: Any) -> GPTConfig:
@@ -158,5 +192,106 @@ class GPTConfig(TransformerModelConfig):
             share_embeddings_and_output_weights=False,
             hidden_dropout=0.0,
             attention_dropout=0.0,
+        )
+        return base.replace(**changes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BertConfig(TransformerModelConfig):
+    """An encoder with a masked-token head, as Megatron-LM's BERT: layer norms before each block (arXiv:1909.08053).
+
+    Raises:
+        ValueError: as for :class:`TransformerModelConfig`, and for a count of labels below one.
+    """
+
+    vocab_size: int = 30522
+    max_position_embeddings: int = 512
+    activation: Activation = "gelu"
+    position_embedding_type: Literal["learned_absolute", "rope"] = "learned_absolute"
+    num_tokentypes: int = 2
+    """Segments that a token can belong to; 0 for none."""
+    add_binary_head: bool = True
+    """Predict whether two segments are in order (or follow each other) from the first token."""
+    share_embeddings_and_output_weights: bool = True
+    num_labels: int | None = None
+    """For fine-tuning: classes of a sequence, or 1 for regression, in place of the pre-training heads."""
+    classifier_dropout: float = 0.1
+    """Before the head of fine-tuning."""
+
+    def __post_init__(self) -> None:
+        super(BertConfig, self).__post_init__()
+        _choice("position_embedding_type", self.position_embedding_type, ("learned_absolute", "rope"))
+        if self.num_labels is not None and self.num_labels < 1:
+            raise ValueError(f"num_labels={self.num_labels!r}, but must be at least 1, or None for pre-training.")
+        if self.num_tokentypes < 0:
+            raise ValueError(f"num_tokentypes={self.num_tokentypes!r} is negative.")
+
+    @classmethod
+    def megatron(cls, size: Literal["345m", "1.3b", "3.9b"] = "345m", **changes: Any) -> BertConfig:
+        """Sizes of Megatron-LM's BERT (Shoeybi et al. 2019, table 4)."""
+        sizes = {"345m": (24, 1024, 16), "1.3b": (24, 2048, 32), "3.9b": (48, 2560, 40)}
+        _choice("size", size, tuple(sizes))
+        layers, hidden, heads = sizes[size]
+        return cls(num_layers=layers, hidden_size=hidden, num_attention_heads=heads).replace(**changes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class T5Config(TransformerModelConfig):
+    """An encoder and a decoder (arXiv:1910.10683). The defaults are T5 v1.0 small's; see :meth:`v1_1`.
+
+    ``num_layers`` counts the encoder's layers. ``max_position_embeddings`` bounds learned positions and the sequences
+    of either side.
+
+    Raises:
+        ValueError: as for :class:`TransformerModelConfig`, and for buckets that T5's formula cannot divide.
+    """
+
+    num_layers: int = 6
+    decoder_num_layers: int | None = None
+    """``None`` is as many as the encoder has."""
+    hidden_size: int = 512
+    num_attention_heads: int = 8
+    vocab_size: int = 32128
+    max_position_embeddings: int = 512
+    normalization: Normalization = "RMSNorm"
+    layernorm_epsilon: float = 1e-6
+    activation: Activation = "relu"
+    add_bias_linear: bool = False
+    position_embedding_type: Literal["relative", "learned_absolute"] = "relative"
+    """``relative`` is T5's bias by bucketed distance; ``learned_absolute`` is what Megatron-LM's T5 had at first."""
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    scale_attention: bool = False
+    """Divide scores by the root of the head's width. T5 does not; its initial weights make up for it."""
+    share_embeddings_and_output_weights: bool = True
+    scale_decoder_output: bool = True
+    """Scale the decoder's output by ``hidden_size ** -0.5`` before the vocabulary, as T5 v1.0 does."""
+
+    def __post_init__(self) -> None:
+        super(T5Config, self).__post_init__()
+        _choice("position_embedding_type", self.position_embedding_type, ("relative", "learned_absolute"))
+        if self.decoder_num_layers is not None and self.decoder_num_layers < 1:
+            raise ValueError(f"decoder_num_layers={self.decoder_num_layers!r}, but must be at least 1, or None.")
+        buckets, longest = self.relative_attention_num_buckets, self.relative_attention_max_distance
+        if buckets < 4 or buckets % 4 or longest <= buckets // 2:
+            raise ValueError(
+                f"relative_attention_num_buckets={buckets} must be a multiple of 4, and "
+                f"relative_attention_max_distance={longest} more than half of it."
+            )
+
+    @property
+    def decoder_layers(self) -> int:
+        """Layers of the decoder."""
+        return self.decoder_num_layers or self.num_layers
+
+    @classmethod
+    def v1_1(cls, **changes: Any) -> T5Config:
+        """T5 v1.1 and mT5 (arXiv:2010.11934): gated GELU, an output layer of its own that is not scaled."""
+        base = cls(
+            activation="gelu_tanh",
+            gated_linear_unit=True,
+            ffn_hidden_size=1024,
+            share_embeddings_and_output_weights=False,
+            scale_decoder_output=False,
         )
         return base.replace(**changes)

@@ -2,51 +2,71 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lightning_megatron.backends.core import GPTModel
 from lightning_megatron.backends.core import TransformerConfig as CoreConfig
 from lightning_megatron.models.config import GPTConfig
+from lightning_megatron.models.fused import FusedLoss, TensorParallel
 from lightning_megatron.models.specs import gpt_block_spec
-from lightning_megatron.models.transformer_config import BuildContext, Stage
+from lightning_megatron.models.transformer_config import BuildContext, Stage, transformer_config
+from lightning_megatron.models.vocabulary import VocabularyLoss
 
 
-class GPTChunk(GPTModel):
+def gpt_core_config(config: GPTConfig, context: BuildContext) -> CoreConfig:
+    """megatron-core's configuration of a GPT, dense or with experts."""
+    experts: dict[str, Any] = {}
+    if config.num_moe_experts is not None:
+        experts = {
+            "num_moe_experts": config.num_moe_experts,
+            "moe_router_topk": config.moe_router_topk,
+            "moe_router_load_balancing_type": "aux_loss",
+            "moe_aux_loss_coeff": config.moe_aux_loss_coeff,
+            "moe_z_loss_coeff": config.moe_z_loss_coeff,
+            "moe_ffn_hidden_size": config.moe_ffn_hidden_size or config.ffn_size,
+            "moe_token_dispatcher_type": config.moe_token_dispatcher_type,
+        }
+    return transformer_config(config, context, **experts)
+
+
+class GPTChunk(VocabularyLoss, GPTModel):
     """One chunk of a GPT: all of it, or the layers of one (virtual) pipeline stage."""
 
-    def __init__(self, config: GPTConfig, core_config: CoreConfig, context: BuildContext, stage: Stage) -> None:
-        padded = config.padded_vocab_size(context.layout.tensor_model_parallel_size)
+    def __init__(
+        self, config: GPTConfig, core_config: CoreConfig, context: BuildContext, stage: Stage, *, fused: bool
+    ) -> None:
         torch.manual_seed(context.seed)  # the first and the last stage draw the same tied embedding
-        super().__init__(
+        alibi = config.position_embedding_type == "alibi"
+        GPTModel.__init__(
+            self,
             core_config,
-            gpt_block_spec(core_config, context.seed, stage.vp_stage),
-            vocab_size=padded,
+            gpt_block_spec(core_config, context.seed, stage.vp_stage, alibi=alibi, fused=fused),
+            vocab_size=config.padded_vocab_size(context.layout.tensor_model_parallel_size),
             max_sequence_length=config.max_position_embeddings,
             pre_process=stage.pre_process,
             post_process=stage.post_process,
             share_embeddings_and_output_weights=config.share_embeddings_and_output_weights,
-            position_embedding_type=config.position_embedding_type,
+            position_embedding_type="none" if alibi else config.position_embedding_type,
             rotary_percent=config.rotary_percent,
             rotary_base=config.rotary_base,
+            rope_scaling=config.rope_scaling,
+            rope_scaling_factor=config.rope_scaling_factor,
+            seq_len_interpolation_factor=config.seq_len_interpolation_factor,
             pg_collection=context.groups,
             vp_stage=stage.vp_stage,
         )
-        rank, ranks = context.groups.tp.rank(), context.groups.tp.size()
-        columns = padded // ranks
-        self._real_columns = min(max(config.vocab_size - rank * columns, 0), columns)
+        self.set_vocabulary(config, context)
+        self._fused_loss = None
+        if fused:
+            ranks = context.groups.tp.size()
+            parallel = TensorParallel(context.groups.tp, ranks, context.layout.sequence_parallel)
+            self._fused_loss = FusedLoss(config.vocab_size, config.padded_vocab_size(ranks), parallel)
 
-    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Cross entropy of each token over the real vocabulary.
-
-        Args:
-            labels: ``[batch, sequence]``
-            logits: ``[sequence, batch, padded_vocabulary / tensor_parallel]``
-
-        Returns:
-            ``[batch, sequence]``
-        """
-        if self._real_columns < logits.size(-1):
-            # megatron-core lets the padding take part in the softmax, which makes the loss depend on the TP size.
-            logits[..., self._real_columns :] = torch.finfo(logits.dtype).min
-        return super().compute_language_model_loss(labels, logits)
+    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """As megatron-core's; with ``labels``, the loss of each token without ever holding all logits in float32."""
+        if labels is not None and self._fused_loss is not None and self.kept_logits is None:
+            kwargs["output_processor"] = self._fused_loss
+        return super().forward(*args, labels=labels, **kwargs)

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
 from lightning_megatron.backends.core import (
+    AttnMaskType,
+    CrossAttention,
+    CrossAttentionSubmodules,
     ModuleSpec,
     TransformerBlockSubmodules,
     TransformerConfig,
     TransformerLayer,
+    TransformerLayerSubmodules,
+    get_bias_dropout_add,
     get_gpt_layer_local_spec,
     get_num_layers_to_build,
     get_transformer_layer_offset,
+    tensor_parallel,
 )
 from lightning_megatron.models.attention import SDPACoreAttention
+from lightning_megatron.models.fused import FusedTransformerLayer
 
 
 class TorchNorm:
@@ -25,7 +33,9 @@ class TorchNorm:
     which lets ``finalize_model_grads`` sum their gradients over the tensor-parallel ranks.
     """
 
-    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> torch.nn.Module:
+    def __new__(  # type: ignore[misc]
+        cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object
+    ) -> torch.nn.Module:
         norm = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}[config.normalization]
         module: torch.nn.Module = norm(hidden_size, eps=eps, dtype=config.params_dtype)
         for parameter in module.parameters():
@@ -38,24 +48,101 @@ class SeededTransformerLayer(TransformerLayer):
 
     megatron-core draws all layers of a stage from one generator, so weights depend on which stage holds a layer. Here
     a seed gives the same model at any pipeline layout, and on a CPU, where one master weight is drawn and cut, at any
-    tensor-parallel size too.
+    tensor- and expert-parallel size too.
     """
 
     def __init__(
         self, config: TransformerConfig, submodules: Any, layer_number: int = 1, *, seed: int, **kwargs: Any
     ) -> None:
         stage = kwargs["pg_collection"].pp.rank()
-        number = layer_number + get_transformer_layer_offset(config, kwargs.get("vp_stage"), stage)
-        torch.manual_seed(seed + 7919 * number)
+        number = layer_number
+        if kwargs.get("add_layer_offset", True):
+            number += get_transformer_layer_offset(config, kwargs.get("vp_stage"), stage)
+        seed = layer_seed(seed, number)
+        torch.manual_seed(seed)
         super().__init__(config, submodules, layer_number, **kwargs)
+        if self.is_moe_layer and config.use_cpu_initialization:
+            _draw_experts(self.mlp.experts, config, seed)
+        # What follows the last layer, an output projection, must not depend on how many experts were drawn here.
+        torch.manual_seed(seed + 1)
 
 
-def gpt_block_spec(config: TransformerConfig, seed: int, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The decoder layers of one chunk of a GPT."""
-    submodules = get_gpt_layer_local_spec().submodules
+class SeededFusedLayer(SeededTransformerLayer, FusedTransformerLayer):
+    """The same weights, run as fused blocks."""
+
+
+def layer_seed(seed: int, number: int) -> int:
+    """The seed of the weights of layer ``number``, counted from one over all stages; 0 is for what is not a layer."""
+    return seed + 7919 * number
+
+
+def _draw_experts(experts: Any, config: TransformerConfig, seed: int) -> None:
+    """Draw each expert from a seed of its own. megatron-core gives the n-th expert of every rank the same weights."""
+    first = experts.ep_group.rank() * experts.num_local_experts
+    for index, expert in enumerate(experts.local_experts):
+        torch.manual_seed(seed + 104729 * (1 + first + index))
+        # Gates and values are interleaved over ranks, so that each rank holds matching halves.
+        _draw_cut(
+            expert.linear_fc1.weight, config.init_method, experts.tp_group, 0, 2 if config.gated_linear_unit else 1
+        )
+        _draw_cut(expert.linear_fc2.weight, config.output_layer_init_method, experts.tp_group, 1, 1)
+
+
+def _draw_cut(weight: torch.Tensor, init_method: Any, group: Any, dim: int, stride: int) -> None:
+    """Draw a whole weight and keep this rank's part, in ``stride`` pieces along ``dim``."""
+    shape = list(weight.shape)
+    shape[dim] *= group.size()
+    whole = torch.empty(shape)
+    init_method(whole)
+    pieces = whole.split(weight.size(dim) // stride, dim=dim)[group.rank() :: group.size()]
+    weight.data.copy_(torch.cat(pieces, dim=dim))
+
+
+def self_attention_submodules(submodules: Any, core_attention: Any = SDPACoreAttention) -> Any:
+    """Put the package's norms and attention into the submodules of one of megatron-core's layers."""
     submodules.input_layernorm = TorchNorm
     submodules.pre_mlp_layernorm = TorchNorm
-    submodules.self_attention.submodules.core_attention = SDPACoreAttention
+    submodules.self_attention.submodules.core_attention = core_attention
+    return submodules
+
+
+def gpt_block_spec(
+    config: TransformerConfig, seed: int, vp_stage: int | None = None, *, alibi: bool = False, fused: bool = False
+) -> TransformerBlockSubmodules:
+    """The decoder layers of one chunk of a GPT. ``fused`` runs them as :mod:`lightning_megatron.models.fused` does."""
+    submodules = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=False).submodules
+    core_attention = partial(SDPACoreAttention, alibi=True) if alibi else SDPACoreAttention
+    submodules = self_attention_submodules(submodules, core_attention)
+    module = SeededFusedLayer if fused else SeededTransformerLayer
+    layer = ModuleSpec(module=module, submodules=submodules, params={"seed": seed})
+    count = get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=TorchNorm)
+
+
+def bert_block_spec(config: TransformerConfig, seed: int, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The encoder layers of one chunk of a BERT."""
+    submodules = self_attention_submodules(get_gpt_layer_local_spec().submodules)
+    submodules.self_attention.params["attn_mask_type"] = AttnMaskType.padding
     layer = ModuleSpec(module=SeededTransformerLayer, submodules=submodules, params={"seed": seed})
     count = get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=TorchNorm)
+
+
+def t5_layer_submodules(*, decoder: bool) -> TransformerLayerSubmodules:
+    """What a layer of T5's encoder, or of its decoder, is made of."""
+    submodules = self_attention_submodules(get_gpt_layer_local_spec().submodules)
+    submodules.self_attention.params["attn_mask_type"] = AttnMaskType.causal if decoder else AttnMaskType.padding
+    if decoder:
+        submodules.pre_cross_attn_layernorm = TorchNorm
+        submodules.cross_attention = ModuleSpec(
+            module=CrossAttention,
+            params={"attn_mask_type": AttnMaskType.padding},
+            submodules=CrossAttentionSubmodules(
+                linear_q=tensor_parallel.ColumnParallelLinear,
+                linear_kv=tensor_parallel.ColumnParallelLinear,
+                core_attention=SDPACoreAttention,
+                linear_proj=tensor_parallel.RowParallelLinear,
+            ),
+        )
+        submodules.cross_attn_bda = get_bias_dropout_add
+    return submodules

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,15 +61,21 @@ class BuildContext:
         ]
 
 
-def transformer_config(model: TransformerModelConfig, context: BuildContext) -> TransformerConfig:
+def transformer_config(
+    model: TransformerModelConfig, context: BuildContext, num_layers: int | None = None, **more: Any
+) -> TransformerConfig:
     """megatron-core's configuration of ``model`` on this rank.
+
+    Args:
+        num_layers: all layers that pipeline stages share, if that is not ``model.num_layers``.
+        more: fields that this model alone has.
 
     Raises:
         LayoutError: the model cannot be split this way.
     """
     layout, policy = context.layout, context.policy
     layout.check_model(
-        num_layers=model.num_layers,
+        num_layers=num_layers or model.num_layers,
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_query_groups,
         ffn_hidden_size=model.ffn_size,
@@ -77,7 +84,7 @@ def transformer_config(model: TransformerModelConfig, context: BuildContext) -> 
     on_cpu = context.device.type == "cpu"
     return TransformerConfig(
         # the model
-        num_layers=model.num_layers,
+        num_layers=num_layers or model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_query_groups,
@@ -126,4 +133,5 @@ def transformer_config(model: TransformerModelConfig, context: BuildContext) -> 
         apply_rope_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=not on_cpu,
+        **more,
     )

@@ -58,7 +58,7 @@ class MegatronOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Nothing; see the class."""
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Run the closure (the whole schedule), then clip and update."""
         loss = closure() if closure is not None else None
         if self.skip_next:
@@ -69,11 +69,11 @@ class MegatronOptimizer(torch.optim.Optimizer):
         self.skipped = not success
         return loss
 
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self) -> dict[str, Any]:
         """Empty: the strategy saves the state in shards (:mod:`lightning_megatron.checkpoint`)."""
         return {}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing; see :meth:`state_dict`."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -126,7 +126,7 @@ class MegatronScheduler(torch.optim.lr_scheduler.LRScheduler):
         if not self.optimizer.skipped:  # type: ignore[attr-defined]
             self.core.step(increment=1)
 
-    def get_last_lr(self) -> list[float]:
+    def get_last_lr(self) -> list[float | torch.Tensor]:
         return [group["lr"] for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:

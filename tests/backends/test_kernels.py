@@ -217,7 +217,7 @@ def test_adam_with_l2_equals_torch():
 def test_adam_kernel_in_triton_interpreter():
     """The kernel's values without a GPU: triton runs it in Python, in a process of its own."""
     pytest.importorskip("triton")
-    script = Path(__file__).parent / "adam_in_interpreter.py"
+    script = Path(__file__).parent / "check_adam.py"
     root = str(Path(__file__).parents[2])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": root}
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)

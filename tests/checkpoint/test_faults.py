@@ -28,7 +28,8 @@ def _run(directory: Path, background: bool, victim: int | None, delay: float) ->
     write = io.write_file
 
     def slowly(path: Path, parts: Any, **options: Any) -> Any:
-        return write(path, (part for part in parts if time.sleep(0.001) is None), **options)  # kills meet half-written files
+        # So that kills meet half-written files.
+        return write(path, (part for part in parts if time.sleep(0.001) is None), **options)
 
     io.write_file = slowly
     strategy = CASE.strategy()

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_megatron.data.cache import cached_maps, fingerprint
+from lightning_megatron.data.cache import cached_maps, digest, fingerprint
 from lightning_megatron.data.gpt import GPTDataset
 from lightning_megatron.data.indexed import IndexedDataset
 from lightning_megatron.errors import DataError
@@ -49,6 +49,13 @@ def test_a_killed_builder_is_replaced(tmp_path: Path) -> None:
     load(tmp_path, 0)
     assert time.monotonic() - started < 5
     assert len(list(tmp_path.glob("built.*"))) == 2
+
+
+def test_what_a_killed_builder_left_is_removed(tmp_path: Path) -> None:
+    entry = digest({"x": 1})
+    (tmp_path / f"{entry}.abc.partial").mkdir()
+    cached_maps(tmp_path, {"x": 1}, lambda: {"a": np.arange(1)})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [entry, f"{entry}.lock"]
 
 
 def test_a_half_written_entry_is_not_read(tmp_path: Path) -> None:

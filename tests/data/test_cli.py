@@ -20,17 +20,17 @@ def test_preprocess_inspect_and_merge(jsonl: Path, tokenizer_dir: Path, tmp_path
     output, prefix = str(tmp_path / "c"), str(tmp_path / "c_text_document")
     assert call("preprocess", str(jsonl), "--tokenizer", str(tokenizer_dir), "--output", output, "--workers", "1") == 0
     assert prefix in capsys.readouterr().out
-    assert call("merge", prefix, prefix, "--output", str(tmp_path / "m")) == 0
+    assert call("preprocess", "--merge", prefix, prefix, "--output", str(tmp_path / "m")) == 0
     assert IndexedDataset(tmp_path / "m").num_documents == 240
     capsys.readouterr()
-    assert call("inspect", str(tmp_path / "m"), "--tokenizer", str(tokenizer_dir)) == 0
+    assert call("preprocess", "--inspect", str(tmp_path / "m"), "--tokenizer", str(tokenizer_dir)) == 0
     shown = capsys.readouterr().out
     assert "240 (0 empty)" in shown
     assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_an_error_is_one_line_and_an_exit_code(tmp_path: Path, capsys) -> None:
-    assert call("merge", str(tmp_path / "[x]"), "--output", str(tmp_path / "m")) == 1
+    assert call("preprocess", "--merge", str(tmp_path / "[x]"), "--output", str(tmp_path / "m")) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert "[x].bin does not exist" in error
@@ -48,8 +48,12 @@ def test_inspection_counts(tmp_path: Path) -> None:
     assert found.sample.split() == [str(token) for token in next(dataset[i] for i in range(200) if len(dataset[i]))]
 
 
-@pytest.mark.parametrize("command", ["preprocess", "merge", "inspect"])
-def test_help(command: str, capsys) -> None:
+def test_what_is_missing_is_named(jsonl: Path, capsys) -> None:
+    assert call("preprocess", str(jsonl)) == 1
+    assert capsys.readouterr().err == "error: Give --output and --tokenizer as well.\n"
+
+
+def test_help(capsys) -> None:
     with pytest.raises(SystemExit):
-        call(command, "--help")
+        call("preprocess", "--help")
     assert "usage:" in capsys.readouterr().out

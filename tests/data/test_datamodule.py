@@ -199,6 +199,11 @@ def test_the_tokenizer_checks_the_vocabulary(dataset_prefix: Path, tokenizer_dir
         list(module.train_dataloader())
 
 
+def test_a_tokenizer_larger_than_the_model(dataset_prefix: Path, tokenizer_dir: Path) -> None:
+    with pytest.raises(DataError, match="The tokenizer has 512 tokens, the model's vocab_size=400"):
+        data(dataset_prefix, tokenizer=tokenizer_dir, vocab_size=400).setup("fit")
+
+
 def test_strategy_coordinates_decide_the_share(dataset_prefix: Path, tmp_path: Path) -> None:
     module = data(dataset_prefix)
     host = trainer(tmp_path)

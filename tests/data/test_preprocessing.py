@@ -14,6 +14,7 @@ from lightning_megatron.data.indexed import IndexedDataset, bin_path, idx_path
 from lightning_megatron.data.preprocessing import PreprocessOptions, Progress, preprocess
 from lightning_megatron.data.preprocessing.sentences import simple_sentences
 from lightning_megatron.data.preprocessing.sources import blocks, documents
+from lightning_megatron.data.preprocessing.words import RememberedWords
 from lightning_megatron.data.tokenizer import load_tokenizer
 from lightning_megatron.errors import DataError
 
@@ -129,6 +130,51 @@ def test_gigatoken_overlooks_no_damage(tokenizer_dir: Path, tmp_path: Path) -> N
             preprocess([path], tmp_path / f"o{len(line)}", tokenizer_dir, options, workers=0)
 
 
+def test_special_tokens_of_the_tokenizer(jsonl: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.eos_token_id)]
+    )
+    plain, with_bos = (
+        preprocess([jsonl], tmp_path / f"{add}", tokenizer, PreprocessOptions(add_special_tokens=add), workers=0)[0]
+        for add in (False, True)
+    )
+    for index in range(10):
+        expected = [tokenizer.eos_token_id, *IndexedDataset(plain)[index]]
+        assert IndexedDataset(with_bos)[index].tolist() == expected
+
+
+class TestRememberedWords:
+    def test_any_text_gives_the_tokenizers_ids(self, texts: list[str], tokenizer_dir: Path) -> None:
+        backend = load_tokenizer(tokenizer_dir).backend_tokenizer
+        assert RememberedWords.fits(backend)
+        random = np.random.default_rng(0)
+        alphabet = [
+            *"aB1 '\"_-\n\t\r.sStT\u00e9\u00df\u2019\u201c\u2026\u2003\xa0\x85\x1c\u4e00\U0001f600\u0301",
+            "<|endoftext|>",
+            "'ll",
+        ]
+        noise = ["".join(random.choice(alphabet, random.integers(0, 40))) for _ in range(5000)]
+        encode = RememberedWords(backend)
+        for _ in range(2):  # learning the words, and remembering them
+            tokens, lengths = encode([*texts, *noise])
+            expected = [encoding.ids for encoding in backend.encode_batch([*texts, *noise], add_special_tokens=False)]
+            assert lengths.tolist() == [len(ids) for ids in expected]
+            assert tokens.tolist() == [token for ids in expected for token in ids]
+
+    def test_other_tokenizers_are_not_taken(self, tokenizer_dir: Path) -> None:
+        from tokenizers import normalizers, pre_tokenizers
+
+        backend = load_tokenizer(tokenizer_dir).backend_tokenizer
+        backend.normalizer = normalizers.NFC()
+        assert not RememberedWords.fits(backend)
+        backend = load_tokenizer(tokenizer_dir).backend_tokenizer
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        assert not RememberedWords.fits(backend)
+
+
 class TestSentences:
     def test_sentences_become_sequences(
         self, jsonl: Path, texts: list[str], tokenizer_dir: Path, tmp_path: Path
@@ -230,6 +276,22 @@ def test_restart_after_a_kill(jsonl: Path, tokenizer_dir: Path, expected, tmp_pa
     assert contents(prefix) == expected
     time.sleep(0.8)  # the workers of the killed process end by themselves
     assert not [name for name in os.listdir(tmp_path) if name not in ("c_text_document.bin", "c_text_document.idx")]
+
+
+def test_a_finished_key_is_written_again_if_another_was_not(
+    jsonl: Path, tokenizer_dir: Path, expected, tmp_path: Path
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def killed(_: Progress) -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        preprocess([jsonl], tmp_path / "c", tokenizer_dir, SMALL, workers=0, on_progress=killed)
+    (tmp_path / "c_text_document.bin.partial").unlink()  # as if it had got its name
+    (prefix,) = preprocess([jsonl], tmp_path / "c", tokenizer_dir, SMALL, workers=0)
+    assert contents(prefix) == expected
 
 
 def test_an_error_keeps_what_was_done(jsonl: Path, tokenizer_dir: Path, expected, tmp_path: Path) -> None:

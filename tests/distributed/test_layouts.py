@@ -49,7 +49,7 @@ def train(
     """Losses and gradient norms of five steps at a layout; with `save`, of one step that ends in a checkpoint."""
     record = Record()
     module = lm.GPTModule(tiny_config(**(model or {})), lm.OptimizerConfig(lr=5e-3, lr_warmup_steps=2))
-    plugin = lm.MegatronPrecision(precision, lm.LossScaling(initial=2.0**12))
+    plugin = lm.MegatronPrecision(precision, lm.LossScaling(initial=2.0**6))
     trainer = quiet_trainer(
         lm.MegatronStrategy(micro_batch_size=2, precision_plugin=plugin, **strategy),
         world_size,

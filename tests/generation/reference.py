@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 import lightning_megatron as lm
+from lightning_megatron.models.config import T5Config
+from lightning_megatron.models.t5_module import T5Module
 from tests.helpers import quiet_trainer
 
 VOCAB = 120
@@ -59,6 +62,56 @@ def llama(seed: int = 0, key_value_heads: int = 2) -> Any:
     return LlamaForCausalLM(config).eval()
 
 
+def t5(*, v1_1: bool = False, seed: int = 0) -> Any:
+    """A T5 of two layers each side, as published (ReLU, scaled output) or as of version 1.1 (gated GELU)."""
+    import transformers
+
+    torch.manual_seed(seed)
+    config = transformers.T5Config(
+        vocab_size=VOCAB,
+        d_model=32,
+        d_kv=16,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        relative_attention_num_buckets=8,
+        relative_attention_max_distance=12,
+        dropout_rate=0.0,
+        initializer_factor=1.0,
+        feed_forward_proj="gated-gelu" if v1_1 else "relu",
+        tie_word_embeddings=not v1_1,
+        eos_token_id=None,
+        pad_token_id=0,
+        decoder_start_token_id=0,
+    )
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    for name, parameter in model.named_parameters():  # T5's own draws give one token over and over
+        if "layer_norm" not in name:
+            torch.nn.init.normal_(parameter, std=1.0 if "shared" in name or "bias" in name else 0.4)
+    return model
+
+
+def t5_config(model: Any) -> T5Config:
+    """The configuration of the same T5 here."""
+    config = model.config
+    base = T5Config.v1_1() if config.is_gated_act else T5Config()
+    return base.replace(
+        # Hugging Face ties the embeddings of every T5 that it makes itself.
+        share_embeddings_and_output_weights=config.tie_word_embeddings,
+        scale_decoder_output=config.scale_decoder_outputs,
+        num_layers=config.num_layers,
+        hidden_size=config.d_model,
+        num_attention_heads=config.num_heads,
+        kv_channels=config.d_kv,
+        ffn_hidden_size=config.d_ff,
+        vocab_size=config.vocab_size,
+        make_vocab_size_divisible_by=32,
+        max_position_embeddings=POSITIONS,
+        relative_attention_num_buckets=config.relative_attention_num_buckets,
+        relative_attention_max_distance=config.relative_attention_max_distance,
+    )
+
+
 def gpt_config(model: Any, **changes: Any) -> lm.GPTConfig:
     """The configuration of the same model here."""
     config = model.config
@@ -90,7 +143,10 @@ def gpt_config(model: Any, **changes: Any) -> lm.GPTConfig:
 def weights(model: Any) -> Weights:
     """All weights in megatron-core's names, whole, layers numbered over the model."""
     state = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    whole = _gpt2(state) if model.config.model_type == "gpt2" else _llama(state, model.config)
+    kind = model.config.model_type
+    whole = (
+        _gpt2(state) if kind == "gpt2" else _llama(state, model.config) if kind == "llama" else _t5(state, model.config)
+    )
     return {name: value.numpy() for name, value in whole.items()}  # numpy crosses processes without shared memory
 
 
@@ -116,10 +172,10 @@ def _gpt2(state: dict[str, Tensor]) -> dict[str, Tensor]:
         module, kind = ".".join(parts[3:-1]), parts[-1]
         if module not in names:
             continue
-        value = value.t() if value.dim() == 2 else value
+        weight = value.t() if value.dim() == 2 else value
         if module == "attn.c_attn":  # q q q q k k k k v v v v -> q k v, head by head
-            value = value.unflatten(0, (3, 4, -1)).transpose(0, 1).flatten(0, 2)
-        whole[f"decoder.layers.{parts[2]}.{names[module]}.{kind}"] = value.contiguous()
+            weight = weight.unflatten(0, (3, 4, -1)).transpose(0, 1).flatten(0, 2)
+        whole[f"decoder.layers.{parts[2]}.{names[module]}.{kind}"] = weight.contiguous()
     return whole
 
 
@@ -143,14 +199,51 @@ def _llama(state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
     return whole
 
 
+def _t5(state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    whole = {
+        "embedding.word_embeddings.weight": state["shared.weight"],
+        "output_layer.weight": state["lm_head.weight"],
+    }
+    heads = config.num_heads
+    for stack in ("encoder", "decoder"):
+        bias = state[f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
+        whole[f"{stack}_position_bias.weight"] = bias
+        whole[f"{stack}.final_layernorm.weight"] = state[f"{stack}.final_layer_norm.weight"]
+        for layer in range(config.num_layers):
+            there = f"{stack}.block.{layer}.layer."
+            # Numbered over both stacks, as our layers are.
+            here = f"{stack}.layers.{layer + config.num_layers * (stack == 'decoder')}."
+            parts = {name: state[f"{there}0.SelfAttention.{name}.weight"].unflatten(0, (heads, -1)) for name in "qkv"}
+            whole[here + "self_attention.linear_qkv.weight"] = torch.cat(list(parts.values()), dim=1).flatten(0, 1)
+            whole[here + "self_attention.linear_proj.weight"] = state[f"{there}0.SelfAttention.o.weight"]
+            whole[here + "input_layernorm.weight"] = state[f"{there}0.layer_norm.weight"]
+            if stack == "decoder":
+                cross = there + "1.EncDecAttention."
+                pair = [state[f"{cross}{name}.weight"].unflatten(0, (heads, -1)) for name in "kv"]
+                whole[here + "cross_attention.linear_q.weight"] = state[cross + "q.weight"]
+                whole[here + "cross_attention.linear_kv.weight"] = torch.cat(pair, dim=1).flatten(0, 1)
+                whole[here + "cross_attention.linear_proj.weight"] = state[cross + "o.weight"]
+                whole[here + "pre_cross_attn_layernorm.weight"] = state[there + "1.layer_norm.weight"]
+            last = there + ("2." if stack == "decoder" else "1.")
+            dense = last + "DenseReluDense."
+            if dense + "wi.weight" in state:
+                whole[here + "mlp.linear_fc1.weight"] = state[dense + "wi.weight"]
+            else:
+                pair = [state[dense + "wi_0.weight"], state[dense + "wi_1.weight"]]
+                whole[here + "mlp.linear_fc1.weight"] = torch.stack(pair)
+            whole[here + "mlp.linear_fc2.weight"] = state[dense + "wo.weight"]
+            whole[here + "pre_mlp_layernorm.weight"] = state[last + "layer_norm.weight"]
+    return whole
+
+
 def load(module: lm.GPTModule, whole: Weights) -> None:
     """Fill this rank's chunks."""
     tp = module.strategy.build_context.groups.tp
     for chunk in module.chunks:
         for name, parameter in chunk.named_parameters():
             parts = name.split(".")
-            if parts[:2] == ["decoder", "layers"]:
-                parts[2] = str(chunk.decoder.layers[int(parts[2])].layer_number - 1)
+            if parts[1] == "layers":
+                parts[2] = str(getattr(chunk, parts[0]).layers[int(parts[2])].layer_number - 1)
             source = "embedding.word_embeddings.weight" if name == "output_layer.weight" else ".".join(parts)
             source = ".".join(parts) if ".".join(parts) in whole else source
             value = torch.from_numpy(whole[source])
@@ -177,14 +270,12 @@ class Loader:
 
     def __iter__(self) -> Any:
         tokens = torch.arange(self.sequence + 1).expand(4, -1)
-        yield {"tokens": tokens[:, :-1], "labels": tokens[:, 1:]}
+        yield {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:]}
 
 
-def build(config: lm.GPTConfig, whole: Weights, strategy: dict[str, Any], *, fit: bool = False) -> lm.GPTModule:
+def build(config: Any, whole: Weights, strategy: dict[str, Any], *, fit: bool = False) -> Any:
     """A module on this rank with these weights, after a validation, or after a training step undone."""
-    import os
-
-    module = lm.GPTModule(config)
+    module = lm.GPTModule(config) if isinstance(config, lm.GPTConfig) else T5Module(config)
     trainer = quiet_trainer(
         lm.MegatronStrategy(**strategy), int(os.environ["WORLD_SIZE"]), max_steps=1, limit_train_batches=1
     )

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from lightning_megatron.data.indexed import TokenArray
 from lightning_megatron.data.preprocessing.sentences import Split
 from lightning_megatron.data.preprocessing.sources import Block, Text, documents
+from lightning_megatron.data.preprocessing.words import RememberedWords
 from lightning_megatron.errors import DataError
 
 Engine = Literal["tokenizers", "gigatoken"]
@@ -123,15 +124,15 @@ def _insert_after(tokens: TokenArray, ends: NDArray[np.int64], value: int) -> To
     return result
 
 
-def bulk_encoder(tokenizer: Any) -> Encode:
-    """The fastest way from texts to ids that a Hugging Face tokenizer has; no special tokens are added."""
+def bulk_encoder(tokenizer: Any, *, add_special_tokens: bool = False) -> Encode:
+    """The fastest way from texts to ids that a Hugging Face tokenizer has."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # a tokenizer written in Python
 
         def encode_slowly(texts: Sequence[str]) -> tuple[TokenArray, NDArray[np.int64]]:
             if not texts:
                 return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
-            ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+            ids = tokenizer(list(texts), add_special_tokens=add_special_tokens)["input_ids"]
             lengths = np.fromiter(map(len, ids), np.int64, len(ids))
             return np.fromiter(chain.from_iterable(ids), np.int64, int(lengths.sum())), lengths
 
@@ -139,9 +140,11 @@ def bulk_encoder(tokenizer: Any) -> Encode:
     # A limit of length is for models that read one text at a time; here it would drop text.
     backend.no_truncation()
     backend.no_padding()
+    if not add_special_tokens and RememberedWords.fits(backend):
+        return RememberedWords(backend)
 
     def encode(texts: Sequence[str]) -> tuple[TokenArray, NDArray[np.int64]]:
-        encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        encodings = backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
         ids = chain.from_iterable(encoding.ids for encoding in encodings)
         return np.fromiter(ids, np.int64, int(lengths.sum())), lengths

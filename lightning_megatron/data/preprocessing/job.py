@@ -13,6 +13,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -56,6 +57,9 @@ class PreprocessOptions:
 
     append_eod: bool = False
     """End each document with the eos token (of BERT-like tokenizers: the separator)."""
+
+    add_special_tokens: bool = False
+    """Add what the tokenizer adds to a single text, such as a bos token before it."""
 
     split_sentences: bool = False
     """Make each sentence a sequence, for BERT."""
@@ -119,6 +123,8 @@ def preprocess(
     with _alone(Path(f"{os.fspath(output)}.lock"), output):
         job = _describe(inputs, loaded, options)
         done, positions = load_progress(state, job, len(prefixes))
+        if not all(map(ResumableWriter.can_continue, prefixes, repeat(encoder.dtype), positions)):
+            done, positions = 0, [Position()] * len(prefixes)
         writers = [
             ResumableWriter(prefix, encoder.dtype.type, position)
             for prefix, position in zip(prefixes, positions, strict=True)
@@ -174,7 +180,7 @@ def _write(
 
 
 def _block_encoder(tokenizer: Any, options: PreprocessOptions, inputs: Sequence[PathLike]) -> BlockEncoder:
-    encode = bulk_encoder(tokenizer)
+    encode = bulk_encoder(tokenizer, add_special_tokens=options.add_special_tokens)
     encode_lines = None
     if options.engine == "gigatoken":
         fast = Gigatoken(tokenizer)
@@ -218,6 +224,9 @@ def _alone(path: Path, output: PathLike) -> Iterator[None]:
         try:
             # A record lock: unlike that of flock, workers do not inherit it, and it ends with this process.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The file that was locked may be one that its owner has just removed.
+            if os.fstat(file.fileno()).st_ino != path.stat().st_ino:
+                raise FileNotFoundError(path)
         except OSError as error:
             raise DataError(
                 f"Another process is writing {os.fspath(output)}: wait for it, or choose another output."

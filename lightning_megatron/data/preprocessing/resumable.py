@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from lightning_megatron.data.indexed import IndexedDatasetWriter, PathLike
 from lightning_megatron.errors import DataError
 
+_LENGTH = np.dtype(np.int32)
+_BOUNDARY = np.dtype(np.int64)
+
 
 @dataclass(frozen=True)
 class Position:
@@ -33,19 +36,29 @@ class ResumableWriter(IndexedDatasetWriter):
     def __init__(self, prefix: PathLike, dtype: type[np.number[Any]], position: Position) -> None:
         super().__init__(prefix, dtype, partial_suffix="partial", continued=position.tokens)
         self._sidecars = {
-            name: _open_at(Path(f"{os.fspath(prefix)}.{name}.partial"), count * itemsize)
-            for name, count, itemsize in (
-                ("lengths", position.sequences, np.dtype(np.int32).itemsize),
-                ("boundaries", position.documents, np.dtype(np.int64).itemsize),
-            )
+            "lengths": _open_at(_partial(prefix, "lengths"), position.sequences * _LENGTH.itemsize),
+            "boundaries": _open_at(_partial(prefix, "boundaries"), position.documents * _BOUNDARY.itemsize),
         }
         if position.sequences:
-            self._lengths.append(_read(self._sidecars["lengths"], np.dtype(np.int32)))
+            self._lengths.append(_read(self._sidecars["lengths"], _LENGTH))
         if position.documents:
-            self._boundaries.append(_read(self._sidecars["boundaries"], np.dtype(np.int64)))
+            self._boundaries.append(_read(self._sidecars["boundaries"], _BOUNDARY))
         self.num_tokens, self.num_sequences = position.tokens, position.sequences
         self.num_documents = position.documents
         self._finished = False
+
+    @staticmethod
+    def can_continue(prefix: PathLike, dtype: np.dtype[Any], position: Position) -> bool:
+        """Whether the partial files reach `position`; not if the process was killed while it gave them their names."""
+        needed = {
+            "bin": position.tokens * dtype.itemsize,
+            "lengths": position.sequences * _LENGTH.itemsize,
+            "boundaries": position.documents * _BOUNDARY.itemsize,
+        }
+        paths = {name: _partial(prefix, name) for name in needed}
+        return all(
+            not size or (paths[name].is_file() and paths[name].stat().st_size >= size) for name, size in needed.items()
+        )
 
     def _append_index(self, lengths: NDArray[Any], boundaries: NDArray[Any]) -> None:
         super()._append_index(lengths, boundaries)
@@ -84,6 +97,10 @@ class ResumableWriter(IndexedDatasetWriter):
         if not self._finished:
             for file in (self._file, *self._sidecars.values()):
                 file.close()
+
+
+def _partial(prefix: PathLike, name: str) -> Path:
+    return Path(f"{os.fspath(prefix)}.{name}.partial")
 
 
 def _open_at(path: Path, size: int) -> BinaryIO:

@@ -1,6 +1,10 @@
-"""Run by ``test_kernels.py`` with ``TRITON_INTERPRET=1``: FusedAdam's kernel against torch's AdamW, on CPU tensors."""
+"""FusedAdam's kernel against torch's AdamW. Run by tests, in a process of its own:
+
+on CPU tensors with ``TRITON_INTERPRET=1``, where triton runs its kernels in Python, or with ``KERNEL_DEVICE=cuda``.
+"""
 
 import copy
+import os
 
 import torch
 
@@ -8,6 +12,7 @@ from lightning_megatron.backends import gpu_adam_kernel
 from lightning_megatron.backends.fused_adam import FusedAdam, deferred_clip
 from lightning_megatron.backends.kernels import clip_grad_by_total_norm_fp32
 
+DEVICE = os.environ.get("KERNEL_DEVICE", "cpu")
 SHAPES = ((3, 5), (4096,), (2, 4099), (1,))
 
 
@@ -16,7 +21,9 @@ def make(seed, *, unaligned=False):
     params = []
     for shape in SHAPES:
         values = torch.randn(shape, generator=generator)
-        storage = torch.empty(values.numel() + 1)[int(unaligned) :][: values.numel()]  # one float off 16 bytes
+        storage = torch.empty(values.numel() + 1, device=DEVICE)[int(unaligned) :][
+            : values.numel()
+        ]  # one float off 16 bytes
         params.append(torch.nn.Parameter(storage.view(shape).copy_(values)))
     return params
 
@@ -26,7 +33,7 @@ def groups(params):
 
 
 def check(*, adam_w_mode, model_dtype, unaligned):
-    assert gpu_adam_kernel.INTERPRETED
+    assert gpu_adam_kernel.INTERPRETED or DEVICE == "cuda"
     expected, actual = make(0), make(0, unaligned=unaligned)
     reference_class = torch.optim.AdamW if adam_w_mode else torch.optim.Adam
     reference = reference_class(groups(expected), lr=0.01, betas=(0.9, 0.95), eps=1e-6)
@@ -52,6 +59,8 @@ def check(*, adam_w_mode, model_dtype, unaligned):
                 torch.testing.assert_close(reference.state[p][name], optimizer.state[q][name], rtol=1e-5, atol=1e-7)
     for p, m in zip(actual, models, strict=False):
         assert optimizer.wrote_model_params
+        if DEVICE == "cuda":
+            assert torch.equal(p.to(model_dtype), m)
         # The interpreter truncates to bfloat16 where the device rounds: one unit in the last place.
         torch.testing.assert_close(p, m.float(), rtol=2**-7, atol=0)
     assert not deferred_clip(actual[:1], torch.ones(1)), "part of the parameters may have a norm of their own"

@@ -1,0 +1,263 @@
+"""Training speed on one GPU: the package through ``Trainer(strategy="megatron")`` beside its peers, in one run.
+
+    python -m benchmarks.gpu --variants ours nano huggingface unfused --batches 8 24
+
+Each variant runs in a process of its own. A step is timed by CUDA events over its whole cycle, data transfer and
+logging included; the median of the last steps counts. MFU is against 989 TFLOP/s with
+``6 * (12 * L * H^2 + V * H) + 12 * L * H * S`` operations a token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PEAK = 989e12
+WARM_UP = 6
+VARIANTS = ("ours", "unfused", "nano", "huggingface")
+
+
+def model_config(name: str) -> Any:
+    """The model to measure, without dropout."""
+    from lightning_megatron.models.config import GPTConfig
+
+    off = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
+    if name == "llama-1b":
+        return GPTConfig.llama(
+            num_layers=16,
+            hidden_size=2048,
+            num_attention_heads=32,
+            num_query_groups=8,
+            ffn_hidden_size=8192,
+            vocab_size=32000,
+            max_position_embeddings=4096,
+        )
+    return GPTConfig.gpt2(name.removeprefix("gpt2-"), **off)  # type: ignore[arg-type]
+
+
+def flops_per_token(config: Any) -> float:
+    """Of one forward and backward, without recomputation."""
+    hidden, layers, sequence = config.hidden_size, config.num_layers, config.max_position_embeddings
+    return 6 * (12 * layers * hidden**2 + config.padded_vocab_size(1) * hidden) + 12 * layers * hidden * sequence
+
+
+class RandomTokens:
+    """A few batches of random tokens on the host, over and over."""
+
+    def __init__(self, config: Any, batch: int, steps: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        shape = (4, batch, config.max_position_embeddings + 1)
+        self._text = torch.randint(0, config.vocab_size, shape, generator=generator)
+        self._steps = steps
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for step in range(self._steps):
+            text = self._text[step % len(self._text)]
+            yield {"tokens": text[:, :-1].contiguous(), "labels": text[:, 1:].contiguous()}
+
+
+class Clock:
+    """Times of steps, the highest allocation, and optionally the kernels of two steps."""
+
+    def __init__(self, profile_at: int | None) -> None:
+        self.events: list[torch.cuda.Event] = []
+        self.kernels: dict[str, Any] = {}
+        self._profile_at = profile_at
+        self._profiler: Any = None
+
+    def step_done(self) -> None:
+        """Call after each step."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.events.append(event)
+        count = len(self.events)
+        if count == 2:  # after compilation, before graphs are captured
+            torch.cuda.reset_peak_memory_stats()
+        if self._profile_at == count:
+            torch.cuda.synchronize()
+            self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+            self._profiler.start()
+        elif self._profiler is not None and count == (self._profile_at or 0) + 2:
+            torch.cuda.synchronize()
+            self._profiler.stop()
+            self.kernels = _kernel_times(self._profiler, steps=2)
+            self._profiler = None
+
+    def times(self) -> list[float]:
+        """Milliseconds of each step after the warm-up that was not profiled."""
+        torch.cuda.synchronize()
+        last = self._profile_at or len(self.events)
+        timed = self.events[WARM_UP:last]
+        return [a.elapsed_time(b) for a, b in itertools.pairwise(timed)]
+
+
+def _kernel_times(profiler: Any, steps: int) -> dict[str, Any]:
+    """Time in kernels, the share of the window in which any ran, and the kernels by name."""
+    total: dict[str, list[float]] = {}
+    spans = []
+    for event in profiler.profiler.kineto_results.events():
+        if event.device_type() == torch.autograd.DeviceType.CUDA:
+            row = total.setdefault(event.name(), [0.0, 0])
+            row[0] += event.duration_ns() / 1e6 / steps
+            row[1] += 1 / steps
+            spans.append((event.start_ns(), event.start_ns() + event.duration_ns()))
+    spans.sort()
+    busy, until = 0, spans[0][0]
+    for start, end in spans:
+        busy += max(0, end - max(start, until))
+        until = max(until, end)
+    rows = sorted(total.items(), key=lambda item: -item[1][0])
+    return {
+        "kernel_ms": round(sum(ms for ms, _ in total.values()), 2),
+        "busy": round(busy / (until - spans[0][0]), 4),
+        "top": [f"{ms:8.3f} ms {round(count):5d} x {name[:100]}" for name, (ms, count) in rows[:40]],
+    }
+
+
+def run_ours(config: Any, batch: int, steps: int, clock: Clock, *, fused: bool) -> list[float]:
+    """Through the Trainer, with logging, as a user would. Returns the losses."""
+    import lightning as pl
+    from lightning.pytorch.loggers import CSVLogger
+
+    import lightning_megatron as lm
+
+    losses: list[Tensor] = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            losses.append(outputs["loss"])
+            clock.step_done()
+
+    module = lm.GPTModule(config, lm.OptimizerConfig(lr=1e-4, weight_decay=0.1, lr_decay_style="constant"))
+    module.fused = fused
+    trainer = pl.Trainer(
+        accelerator="gpu",
+        devices=1,
+        strategy=lm.MegatronStrategy(micro_batch_size=batch),
+        precision="bf16-mixed",
+        max_steps=steps,
+        logger=CSVLogger(os.environ.get("TMPDIR", "/tmp")),
+        log_every_n_steps=5,
+        callbacks=[Watch()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(module, RandomTokens(config, batch, steps))
+    return [float(loss) for loss in losses]
+
+
+def run_peer(config: Any, batch: int, steps: int, clock: Clock, name: str) -> list[float]:
+    """One of :mod:`benchmarks.peers`, with the same batches."""
+    from benchmarks import peers
+
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(0)
+    step = {"nano": peers.nano, "huggingface": peers.huggingface}[name](config)
+    losses = []
+    for data in RandomTokens(config, batch, steps):
+        losses.append(step(data["tokens"].cuda(non_blocking=True), data["labels"].cuda(non_blocking=True)))
+        clock.step_done()
+    return [float(loss) for loss in losses]
+
+
+def measure(variant: str, model: str, batch: int, steps: int, profile: bool) -> dict[str, Any]:
+    """One variant in this process."""
+    config = model_config(model)
+    clock = Clock(steps - 3 if profile else None)
+    began = time.time()
+    if variant in ("ours", "unfused"):
+        losses = run_ours(config, batch, steps, clock, fused=variant == "ours")
+    else:
+        losses = run_peer(config, batch, steps, clock, variant)
+    times = clock.times()
+    milliseconds = median(times)
+    tokens = batch * config.max_position_embeddings / milliseconds * 1000
+    return {
+        "variant": variant,
+        "model": model,
+        "batch": batch,
+        "ms": round(milliseconds, 2),
+        "spread": [round(min(times), 2), round(max(times), 2)],
+        "tokens_per_s": round(tokens),
+        "mfu": round(tokens * flops_per_token(config) / PEAK, 4),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
+        "loss": [round(losses[i], 4) for i in (0, 1, len(losses) // 2, -1)],
+        "wall_s": round(time.time() - began, 1),
+        **clock.kernels,
+    }
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+    for name in ("triton", "megatron-core", "lightning", "transformers", "transformer-engine"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "-"
+    return found
+
+
+def main() -> None:
+    """Run the variants one after another."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--batches", nargs="+", type=int, default=[8, 24])
+    parser.add_argument("--model", default="gpt2-large")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--profile", action="store_true", help="list the kernels of two steps")
+    parser.add_argument("--timeout", type=float, default=240.0, help="seconds per variant and batch")
+    parser.add_argument("--here", action="store_true", help="in this process (one variant, one batch)")
+    options = parser.parse_args()
+    if options.here:
+        result = measure(options.variants[0], options.model, options.batches[0], options.steps, options.profile)
+        print("RESULT " + json.dumps(result), flush=True)
+        return
+    print(json.dumps(_versions()), flush=True)
+    for variant in options.variants:
+        for batch in options.batches:
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.gpu",
+                "--here",
+                "--variants",
+                variant,
+                "--model",
+                options.model,
+            ]
+            command += ["--batches", str(batch), "--steps", str(options.steps)] + ["--profile"] * options.profile
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=options.timeout, check=False)
+                output = done.stdout + done.stderr
+            except subprocess.TimeoutExpired as error:
+                output = f"no result in {options.timeout} s\n{(error.stderr or b'')[-2000:]!r}"
+            lines = [line for line in output.splitlines() if line.startswith("RESULT ")]
+            if not lines:
+                print(f"{variant} batch {batch} failed:\n{output[-4000:]}", flush=True)
+                continue
+            result = json.loads(lines[0].removeprefix("RESULT "))
+            top = result.pop("top", [])
+            print(json.dumps(result), *top, sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""``lightning-megatron``: one command, a subcommand for each job."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning_megatron
+
+# Each has add_parser(subparsers), which sets `run`. Imported for its own command only, so that `plan` never waits for
+# what `generate` needs.
+COMMANDS = {
+    "preprocess": "text, JSONL, Parquet or Hugging Face datasets to indexed datasets; inspect, merge",
+    "plan": "memory, time and layout of a run, before it starts",
+    "config": "a configuration by questions, by flags, or from Accelerate's",
+    "generate": "text from a checkpoint, over tensor and pipeline parallel ranks",
+    "doctor": "verify a checkpoint",
+}
+RECIPES = {
+    "pretrain": "recipes/pretrain.py: train, validate or test from Hydra configurations",
+    "demo": "recipes/demo.py: the whole way on a laptop",
+}
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe: inside an installed package, or beside it in a checkout."""
+    package = Path(lightning_megatron.__file__).parent
+    candidates = [directory / "recipes" / f"{name}.py" for directory in (package, package.parent)]
+    return next(path for path in candidates if path.is_file())
+
+
+def available() -> dict[str, str]:
+    """Commands of this version by name, with what each does."""
+    here = Path(__file__).parent
+    return {name: text for name, text in COMMANDS.items() if (here / f"{name}.py").is_file()} | RECIPES
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in RECIPES:
+        path = str(recipe_path(arguments[0]))
+        sys.argv = [path, *arguments[1:]]  # launchers start further processes with it
+        runpy.run_path(path, run_name="__main__")
+        return 0
+    parser = argparse.ArgumentParser(prog="lightning-megatron", description=lightning_megatron.__doc__.split("\n")[0])
+    parser.add_argument("--version", action="version", version=lightning_megatron.__version__)
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    chosen = arguments[0] if arguments else None
+    for name, text in available().items():
+        if name == chosen:
+            importlib.import_module(f"lightning_megatron.cli.{name}").add_parser(subparsers)
+        else:
+            subparsers.add_parser(name, help=text, add_help=False)
+    if not arguments:
+        parser.print_help()
+        return 2
+    parsed = parser.parse_args(arguments)
+    run = getattr(parsed, "run", None) or importlib.import_module(f"lightning_megatron.cli.{parsed.command}").run
+    return int(run(parsed) or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

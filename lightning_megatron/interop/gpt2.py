@@ -1,0 +1,63 @@
+"""GPT-2: ``GPT2LMHeadModel`` of Hugging Face."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_megatron.interop.mapping import FusedQKV, PaddedVocabulary, Table, Transposed, rule
+from lightning_megatron.models.config import GPTConfig
+
+IGNORED = ("lm_head.weight",)
+"""Tied to the token embedding."""
+
+_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
+
+
+def config(theirs: Mapping[str, Any]) -> GPTConfig:
+    """Our configuration from a ``GPT2Config``'s fields.
+
+    Raises:
+        ValueError: a choice that this model does not have.
+    """
+    if theirs["activation_function"] not in _ACTIVATIONS:
+        raise ValueError(f"activation_function={theirs['activation_function']!r} is none of {sorted(_ACTIVATIONS)}.")
+    if theirs.get("scale_attn_by_inverse_layer_idx") or not theirs.get("scale_attn_weights", True):
+        raise ValueError("Only attention scaled by the root of the head's width is supported.")
+    return GPTConfig(
+        num_layers=theirs["n_layer"],
+        hidden_size=theirs["n_embd"],
+        num_attention_heads=theirs["n_head"],
+        ffn_hidden_size=theirs.get("n_inner") or 4 * theirs["n_embd"],
+        vocab_size=theirs["vocab_size"],
+        max_position_embeddings=theirs["n_positions"],
+        layernorm_epsilon=theirs["layer_norm_epsilon"],
+        activation=_ACTIVATIONS[theirs["activation_function"]],  # type: ignore[arg-type]
+        hidden_dropout=theirs["resid_pdrop"],
+        attention_dropout=theirs["attn_pdrop"],
+        init_method_std=theirs["initializer_range"],
+    )
+
+
+def table(config: GPTConfig) -> Table:
+    """Names and transforms of a model of this configuration."""
+    n, ours, theirs = config.num_layers, "decoder.layers.{}.", "transformer.h.{}."
+    qkv = FusedQKV(config.num_attention_heads)
+    vocabulary = PaddedVocabulary(config.vocab_size, config.padded_vocab_size(1))
+    linears = (
+        ("self_attention.linear_proj", "attn.c_proj"),
+        ("mlp.linear_fc1", "mlp.c_fc"),
+        ("mlp.linear_fc2", "mlp.c_proj"),
+    )
+    norms = (("input_layernorm", "ln_1"), ("pre_mlp_layernorm", "ln_2"))
+    return (
+        rule("embedding.word_embeddings.weight", "transformer.wte.weight", transform=vocabulary),
+        rule("embedding.position_embeddings.weight", "transformer.wpe.weight"),
+        rule(f"{ours}self_attention.linear_qkv.weight", f"{theirs}attn.c_attn.weight", transform=qkv, layers=n),
+        rule(f"{ours}self_attention.linear_qkv.bias", f"{theirs}attn.c_attn.bias", transform=qkv, layers=n),
+        *(rule(f"{ours}{a}.weight", f"{theirs}{b}.weight", transform=Transposed(), layers=n) for a, b in linears),
+        *(rule(f"{ours}{a}.bias", f"{theirs}{b}.bias", layers=n) for a, b in linears),
+        *(rule(f"{ours}{a}.{kind}", f"{theirs}{b}.{kind}", layers=n) for a, b in norms for kind in ("weight", "bias")),
+        rule("decoder.final_layernorm.weight", "transformer.ln_f.weight"),
+        rule("decoder.final_layernorm.bias", "transformer.ln_f.bias"),
+    )

@@ -1,0 +1,107 @@
+"""T5 v1.0 and v1.1, and mT5: ``T5ForConditionalGeneration`` and ``MT5ForConditionalGeneration`` of Hugging Face."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_megatron.interop.mapping import KV, QKV, PaddedVocabulary, Rule, Stacked, Table, rule
+from lightning_megatron.models.config import T5Config
+
+_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu": "gelu", "relu": "relu", "silu": "silu"}
+
+
+def ignored(config: T5Config) -> tuple[str, ...]:
+    """Names that hold nothing of their own."""
+    copies = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+    return (*copies, "lm_head.weight") if config.share_embeddings_and_output_weights else copies
+
+
+def config(theirs: Mapping[str, Any], *, tied: bool) -> T5Config:
+    """Our configuration from a ``T5Config``'s or ``MT5Config``'s fields.
+
+    Args:
+        tied: whether the output layer is the token embedding. Their field ``tie_word_embeddings`` does not tell: recent
+            versions set it whatever the checkpoint holds.
+
+    Raises:
+        ValueError: a choice that this model does not have.
+    """
+    kind = theirs["feed_forward_proj"].split("-")
+    name = theirs.get("dense_act_fn") or kind[-1]
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"feed_forward_proj={theirs['feed_forward_proj']!r} is no activation of this model.")
+    return T5Config(
+        num_layers=theirs["num_layers"],
+        decoder_num_layers=theirs["num_decoder_layers"],
+        hidden_size=theirs["d_model"],
+        num_attention_heads=theirs["num_heads"],
+        kv_channels=theirs["d_kv"],
+        ffn_hidden_size=theirs["d_ff"],
+        vocab_size=theirs["vocab_size"],
+        layernorm_epsilon=theirs["layer_norm_epsilon"],
+        activation=_ACTIVATIONS[name],  # type: ignore[arg-type]
+        gated_linear_unit=kind[0] == "gated",
+        hidden_dropout=theirs["dropout_rate"],
+        attention_dropout=theirs["dropout_rate"],
+        relative_attention_num_buckets=theirs["relative_attention_num_buckets"],
+        relative_attention_max_distance=theirs["relative_attention_max_distance"],
+        share_embeddings_and_output_weights=tied,
+        scale_decoder_output=bool(theirs.get("scale_decoder_outputs")) and theirs["model_type"] == "t5",
+    )
+
+
+def table(config: T5Config) -> Table:
+    """Names and transforms of a model of this configuration."""
+    vocabulary = PaddedVocabulary(config.vocab_size, config.padded_vocab_size(1))
+    untied = rule("output_layer.weight", "lm_head.weight", transform=vocabulary)
+    return (
+        rule("embedding.word_embeddings.weight", "shared.weight", transform=vocabulary),
+        *_stack(config, "encoder", config.num_layers),
+        *_stack(config, "decoder", config.decoder_layers),
+        *(() if config.share_embeddings_and_output_weights else (untied,)),
+    )
+
+
+def _stack(config: T5Config, stack: str, layers: int) -> tuple[Rule, ...]:
+    ours, theirs = f"{stack}.layers.{{}}.", f"{stack}.block.{{}}.layer."
+    heads, decoder = config.num_attention_heads, stack == "decoder"
+    last = 2 if decoder else 1  # a decoder's layer has cross attention between its attention and its MLP
+    mlp = f"{theirs}{last}.DenseReluDense."
+    attention, cross = f"{theirs}0.SelfAttention.", f"{theirs}1.EncDecAttention."
+    bias = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    inner = (
+        rule(
+            f"{ours}mlp.linear_fc1.weight", f"{mlp}wi_0.weight", f"{mlp}wi_1.weight", transform=Stacked(), layers=layers
+        )
+        if config.gated_linear_unit
+        else rule(f"{ours}mlp.linear_fc1.weight", f"{mlp}wi.weight", layers=layers)
+    )
+    across = (
+        rule(f"{ours}pre_cross_attn_layernorm.weight", f"{theirs}1.layer_norm.weight", layers=layers),
+        rule(f"{ours}cross_attention.linear_q.weight", f"{cross}q.weight", layers=layers),
+        rule(
+            f"{ours}cross_attention.linear_kv.weight",
+            f"{cross}k.weight",
+            f"{cross}v.weight",
+            transform=KV(heads),
+            layers=layers,
+        ),
+        rule(f"{ours}cross_attention.linear_proj.weight", f"{cross}o.weight", layers=layers),
+    )
+    return (
+        rule(f"{stack}_position_bias.weight", bias),
+        rule(f"{ours}input_layernorm.weight", f"{theirs}0.layer_norm.weight", layers=layers),
+        rule(
+            f"{ours}self_attention.linear_qkv.weight",
+            *(f"{attention}{name}.weight" for name in "qkv"),
+            transform=QKV(heads, heads),
+            layers=layers,
+        ),
+        rule(f"{ours}self_attention.linear_proj.weight", f"{attention}o.weight", layers=layers),
+        *(across if decoder else ()),
+        rule(f"{ours}pre_mlp_layernorm.weight", f"{theirs}{last}.layer_norm.weight", layers=layers),
+        inner,
+        rule(f"{ours}mlp.linear_fc2.weight", f"{mlp}wo.weight", layers=layers),
+        rule(f"{stack}.final_layernorm.weight", f"{stack}.final_layer_norm.weight"),
+    )

@@ -1,0 +1,182 @@
+"""BERT on megatron-core's Transformer block, with the names of its ``BertModel``.
+
+megatron-core's own class takes its head's norm from a module-level name that asserts against sequence parallelism, and
+asks which stage it is without regard for interleaving; what it adds to a block is little enough to be said here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_megatron.backends.core import (
+    CoreModule,
+    LanguageModelEmbedding,
+    ModelType,
+    RotaryEmbedding,
+    TransformerBlock,
+    tensor_parallel,
+)
+from lightning_megatron.backends.core import TransformerConfig as CoreConfig
+from lightning_megatron.models.config import BertConfig
+from lightning_megatron.models.specs import TorchNorm, bert_block_spec, layer_seed
+from lightning_megatron.models.transformer_config import BuildContext, Stage
+from lightning_megatron.models.vocabulary import VocabularyLoss
+
+
+def _linear(config: CoreConfig, outputs: int, *, of_sequence: bool = False) -> torch.nn.Linear:
+    """A linear layer that every tensor-parallel rank holds whole."""
+    linear = torch.nn.Linear(config.hidden_size, outputs, dtype=config.params_dtype)
+    config.init_method(linear.weight)
+    torch.nn.init.zeros_(linear.bias)
+    if of_sequence:  # each rank sees a part of the sequence, so gradients are summed
+        for parameter in linear.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    return linear
+
+
+class BertLMHead(CoreModule):
+    """What comes between the encoder and the vocabulary: a dense layer, GELU and a norm."""
+
+    def __init__(self, config: CoreConfig) -> None:
+        super().__init__(config)
+        self.dense = _linear(config, config.hidden_size, of_sequence=True)
+        self.layer_norm = TorchNorm(config, config.hidden_size, config.layernorm_epsilon)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """``[sequence, batch, hidden]`` to the same."""
+        return self.layer_norm(F.gelu(self.dense(states)))
+
+
+class BertPooler(CoreModule):
+    """A summary of a sequence, made of the state of its first token."""
+
+    def __init__(self, config: CoreConfig) -> None:
+        super().__init__(config)
+        self.dense = _linear(config, config.hidden_size)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """``[sequence, batch, hidden]`` to ``[batch, hidden]``."""
+        if self.config.sequence_parallel:
+            # Every rank pools the same token and gets the same gradient: the parts are not summed, but split.
+            states = tensor_parallel.gather_from_sequence_parallel_region(states, tensor_parallel_output_grad=False)
+        return torch.tanh(self.dense(states[0]))
+
+
+class BertChunk(VocabularyLoss):
+    """One chunk of a BERT: all of it, or the layers of one (virtual) pipeline stage."""
+
+    def __init__(self, config: BertConfig, core_config: CoreConfig, context: BuildContext, stage: Stage) -> None:
+        super().__init__(config=core_config, pg_collection=context.groups)
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process, self.post_process, self.vp_stage = stage.pre_process, stage.post_process, stage.vp_stage
+        # A head of fine-tuning has no vocabulary.
+        tied = config.share_embeddings_and_output_weights and config.num_labels is None
+        self.share_embeddings_and_output_weights = tied
+        self.has_tokentypes = config.num_tokentypes > 0
+        padded = config.padded_vocab_size(context.layout.tensor_model_parallel_size)
+        if self.pre_process:
+            torch.manual_seed(context.seed)
+            self.embedding = LanguageModelEmbedding(
+                config=core_config,
+                vocab_size=padded,
+                max_sequence_length=config.max_position_embeddings,
+                position_embedding_type=config.position_embedding_type,
+                num_tokentypes=config.num_tokentypes,
+                tp_group=context.groups.tp,
+            )
+        self.rotary_pos_emb: RotaryEmbedding | None = None
+        if config.position_embedding_type == "rope":
+            self.rotary_pos_emb = RotaryEmbedding(
+                kv_channels=config.head_size,
+                rotary_percent=1.0,
+                use_cpu_initialization=core_config.use_cpu_initialization,
+                cp_group=context.groups.cp,
+            )
+        self.encoder = TransformerBlock(
+            config=core_config,
+            spec=bert_block_spec(core_config, context.seed, stage.vp_stage),
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            pg_collection=context.groups,
+            vp_stage=stage.vp_stage,
+        )
+        self.pooler: BertPooler | None = None
+        self.binary_head: torch.nn.Linear | None = None
+        self.classification_head: torch.nn.Linear | None = None
+        if self.post_process:
+            self._build_heads(config, core_config, context, padded)
+        if config.num_labels is None and (self.pre_process or self.post_process):
+            self.setup_embeddings_and_output_layer()
+        self.set_vocabulary(config, context)
+
+    def _build_heads(self, config: BertConfig, core_config: CoreConfig, context: BuildContext, padded: int) -> None:
+        torch.manual_seed(layer_seed(context.seed, 0) + 3)
+        if config.num_labels is not None:
+            self.pooler = BertPooler(core_config)
+            self.classification_dropout = torch.nn.Dropout(config.classifier_dropout)
+            self.classification_head = _linear(core_config, config.num_labels)
+            return
+        self.lm_head = BertLMHead(core_config)
+        if config.add_binary_head:
+            self.pooler = BertPooler(core_config)
+            self.binary_head = _linear(core_config, 2)
+        self.output_layer = tensor_parallel.ColumnParallelLinear(
+            config.hidden_size,
+            padded,
+            config=core_config,
+            init_method=core_config.init_method,
+            bias=True,
+            gather_output=False,
+            skip_weight_param_allocation=self.pre_process and self.share_embeddings_and_output_weights,
+            tp_group=context.groups.tp,
+        )
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Called by the schedule with what the stage before sent."""
+        self.encoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        tokentype_ids: Tensor | None = None,
+        lm_labels: Tensor | None = None,
+    ) -> Any:
+        """Run this chunk.
+
+        Args:
+            input_ids: ``[batch, sequence]``
+            attention_mask: ``[batch, sequence]``, 1 where a token is real.
+            tokentype_ids: ``[batch, sequence]``, the segment of each token.
+            lm_labels: ``[batch, sequence]``
+
+        Returns:
+            On the last stage losses ``[batch, sequence]`` (without labels logits ``[batch, sequence, padded_vocabulary
+            / tensor_parallel]``) and the logits of the binary head ``[batch, 2]`` or ``None``; in fine-tuning logits
+            ``[batch, num_labels]``; on other stages states ``[sequence, batch, hidden]``.
+        """
+        states = None
+        if self.pre_process:
+            positions = torch.arange(input_ids.size(1), device=input_ids.device).expand_as(input_ids)
+            if self.has_tokentypes and tokentype_ids is None:
+                tokentype_ids = torch.zeros_like(input_ids)
+            states = self.embedding(input_ids, positions, tokentype_ids if self.has_tokentypes else None)
+        rotary = None if self.rotary_pos_emb is None else self.rotary_pos_emb(input_ids.size(1))
+        keys = (attention_mask == 0)[:, None, None, :]  # True is hidden
+        states = self.encoder(hidden_states=states, attention_mask=keys, rotary_pos_emb=rotary)
+        if not self.post_process:
+            return states
+        pooled = None if self.pooler is None else self.pooler(states)
+        if self.classification_head is not None:
+            return self.classification_head(self.classification_dropout(pooled))
+        binary = None if self.binary_head is None else self.binary_head(pooled)
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else None
+        logits, _ = self.output_layer(self.lm_head(states), weight=weight)
+        if lm_labels is None:
+            return logits.transpose(0, 1).contiguous(), binary
+        return self.compute_language_model_loss(lm_labels, logits), binary

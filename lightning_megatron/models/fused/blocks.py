@@ -1,0 +1,169 @@
+# mypy: disable-error-code="no-untyped-def,override"
+"""The two halves of a Transformer layer around its core attention, each one autograd node with its own backward.
+
+Between matrix products runs exactly one kernel. Kept for the backward, per token and hidden unit of a GPT-2 layer, are
+28 bytes in 16 bit: the two inputs of the norms, query, key, value, the attention's output, and the MLP before and after
+its activation. The outputs of the norms are computed again by the kernel of their backward, which reads the inputs
+anyway; with tensor parallelism they are kept, so that the weight gradient can run beside the collective.
+
+All activations are ``[tokens, width]`` with ``tokens = sequence * batch``, sequence outermost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lightning_megatron.models.fused import ops
+from lightning_megatron.models.fused.linear import TensorParallel, WeightGradients, column_gradients
+from lightning_megatron.models.fused.types import Activation, Dropout, HeadLayout, Norm, Rotary
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """What does not change from call to call."""
+
+    norm: Norm
+    activation: Activation
+    groups: int
+    """Query groups of this rank."""
+    queries_per_group: int
+    head_width: int
+    parallel: TensorParallel
+    rotary_interleaved: bool
+    hidden_dropout: float
+    keep_norm_outputs: bool
+
+    def heads(self, tokens: int, batch: int) -> HeadLayout:
+        """The layout of the projection's output for this many tokens."""
+        return HeadLayout(tokens // batch, batch, self.groups, self.queries_per_group, self.head_width)
+
+
+class AttentionInput(torch.autograd.Function):
+    """Norm, query-key-value projection, rotary embedding.
+
+    Args: ``x`` ``[sequence, batch, hidden]``; weights; the angles or ``None``; the plan.
+    Returns: ``x`` again, for the residual path, whose gradient the norm's backward then adds; and queries, keys and
+    values ``[sequence, batch, heads, width]``.
+    """
+
+    @staticmethod
+    def forward(ctx, x, norm_weight, norm_bias, weight, bias, angles, plan: LayerPlan):
+        rows = x.view(-1, x.size(-1))
+        y, mean, rstd = ops.norm_forward(rows, norm_weight, norm_bias, plan.norm)
+        qkv = torch.nn.functional.linear(plan.parallel.enter(y), weight, bias)
+        heads = plan.heads(len(qkv), x.size(1))
+        rotary = None if angles is None else Rotary.of(angles, plan.rotary_interleaved)
+        ctx.save_for_backward(x, mean, rstd, y if plan.keep_norm_outputs else None)
+        # Not through save_for_backward: parameters need their attributes, and no check against changes in place.
+        ctx.parameters = (norm_weight, norm_bias, weight, bias)
+        ctx.plan, ctx.heads, ctx.rotary = plan, heads, rotary
+        return x, *ops.split_heads(qkv, heads, rotary)
+
+    @staticmethod
+    def backward(ctx, dresidual, dq, dk, dv):
+        x, mean, rstd, y = ctx.saved_tensors
+        norm_weight, norm_bias, weight, bias = ctx.parameters
+        plan: LayerPlan = ctx.plan
+        parallel = plan.parallel
+        dqkv, bias_sums = ops.join_heads(dq, dk, dv, ctx.heads, ctx.rotary)
+        dy, work = parallel.start_leave(dqkv.mm(weight))
+        weights = WeightGradients()
+        dweight = None if y is None else weights.add(dqkv, parallel.enter(y), weight)
+        if work is not None:
+            work.wait()
+        dx, sums, y_again = ops.norm_backward(
+            dy,
+            x.view(dy.shape),
+            norm_weight,
+            norm_bias,
+            mean,
+            rstd,
+            None if dresidual is None else dresidual.contiguous().view(dy.shape),
+            plan.norm,
+            y is None,
+        )
+        if y_again is not None:
+            dweight = weights.add(dqkv, parallel.enter(y_again), weight)
+        dnorm_weight, dnorm_bias, _ = column_gradients(sums, [norm_weight, norm_bias, None])
+        dbias = None if bias is None else column_gradients(bias_sums, [bias])[0]
+        weights.join()
+        return dx.view(x.shape), dnorm_weight, dnorm_bias, dweight, dbias, None, None
+
+
+class AttentionOutputAndMLP(torch.autograd.Function):
+    """Output projection, dropout, residual, norm, MLP, dropout, residual.
+
+    Args: ``residual`` ``[sequence, batch, hidden]``; the core attention's output ``[sequence, batch, width]``; weights;
+    the seed of the dropouts or ``None``; the plan.
+    Returns: ``[sequence, batch, hidden]``
+    """
+
+    @staticmethod
+    def forward(
+        ctx, residual, attention, proj_weight, proj_bias, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight,
+        fc2_bias, seed, plan: LayerPlan,
+    ):  # fmt: skip
+        parallel, linear = plan.parallel, torch.nn.functional.linear
+        probability = 0.0 if seed is None else plan.hidden_dropout
+        first, second = Dropout(probability, seed, 0), Dropout(probability, seed, 1)
+        attention_rows = attention.reshape(-1, attention.size(-1))
+        projected = parallel.leave(linear(attention_rows, proj_weight))
+        middle, y, mean, rstd = ops.add_norm_forward(
+            residual, projected, proj_bias, first, norm_weight, norm_bias, plan.norm
+        )
+        inner = linear(parallel.enter(y), fc1_weight, fc1_bias)
+        active = ops.activation_forward(inner, plan.activation)
+        out = ops.add_forward(middle, parallel.leave(linear(active, fc2_weight)), fc2_bias, second)
+        ctx.save_for_backward(attention_rows, middle, mean, rstd, y if plan.keep_norm_outputs else None, inner, active)
+        ctx.parameters = (
+            proj_weight, proj_bias, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias
+        )  # fmt: skip
+        ctx.plan, ctx.dropouts, ctx.attention_shape = plan, (first, second), attention.shape
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        attention, middle, mean, rstd, y, inner, active = ctx.saved_tensors
+        proj_weight, proj_bias, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias = ctx.parameters
+        plan: LayerPlan = ctx.plan
+        parallel = plan.parallel
+        first, second = ctx.dropouts
+        dout = dout.contiguous().view(-1, dout.size(-1))
+
+        weights = WeightGradients()
+        dbias2 = None
+        dmlp = dout
+        if fc2_bias is not None or second.probability:
+            dmlp, sums = ops.add_backward(dout, second)
+            dbias2 = column_gradients(sums, [fc2_bias])[0]
+        dmlp = parallel.enter(dmlp)
+        dactive = dmlp.mm(fc2_weight)
+        dweight2 = weights.add(dmlp, active, fc2_weight)
+        dinner, sums = ops.activation_backward(dactive, inner, plan.activation)
+        dbias1 = None if fc1_bias is None else column_gradients(sums, [fc1_bias])[0]
+        dy, work = parallel.start_leave(dinner.mm(fc1_weight))
+        dweight1 = None if y is None else weights.add(dinner, parallel.enter(y), fc1_weight)
+        if work is not None:
+            work.wait()
+        dmiddle, sums, y_again = ops.norm_backward(
+            dy, middle.view(dy.shape), norm_weight, norm_bias, mean, rstd, dout, plan.norm, y is None
+        )
+        if y_again is not None:
+            dweight1 = weights.add(dinner, parallel.enter(y_again), fc1_weight)
+
+        # Without dropout, the column sums that the norm's backward added up are the projection's bias gradient.
+        direct_bias = None if first.probability else proj_bias
+        dnorm_weight, dnorm_bias, dproj_bias = column_gradients(sums, [norm_weight, norm_bias, direct_bias])
+        dprojected = dmiddle
+        if first.probability:
+            dprojected, sums = ops.add_backward(dmiddle, first)
+            dproj_bias = column_gradients(sums, [proj_bias])[0]
+        dprojected = parallel.enter(dprojected)
+        dattention = dprojected.mm(proj_weight)
+        dproj_weight = weights.add(dprojected, attention, proj_weight)
+        return (
+            dmiddle.view(middle.shape), dattention.view(ctx.attention_shape), dproj_weight, dproj_bias, dnorm_weight,
+            dnorm_bias, dweight1, dbias1, dweight2, dbias2, None, None,
+        )  # fmt: skip

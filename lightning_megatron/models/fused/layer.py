@@ -1,0 +1,209 @@
+"""A Transformer layer that runs as two fused blocks around its core attention, with megatron-core's parameters."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_megatron.backends.core import ModuleSpec, TransformerConfig, TransformerLayer, tensor_parallel
+from lightning_megatron.models.fused.blocks import AttentionInput, AttentionOutputAndMLP, LayerPlan
+from lightning_megatron.models.fused.graph import LayerGraph
+from lightning_megatron.models.fused.linear import TensorParallel, UnfusedBackward, before_forward
+from lightning_megatron.models.fused.types import Activation, ActivationName, Norm
+
+logger = logging.getLogger(__name__)
+
+_MUST_BE_OFF = (
+    "multi_latent_attention",
+    "num_moe_experts",
+    "fp8",
+    "fp4",
+    "qk_layernorm",
+    "qk_l2_norm",
+    "attention_output_gate",
+    "layernorm_zero_centered_gamma",
+    "fp32_residual_connection",
+    "activation_func_clamp_value",
+    "glu_linear_offset",
+    "cpu_offloading",
+    "fine_grained_activation_offloading",
+    "use_te_activation_func",
+    "use_kitchen",
+    "no_rope_freq",
+    "delay_wgrad_compute",
+    "tp_comm_overlap",
+)
+"""Fields of megatron-core's configuration that change what a layer computes, in ways the fused layer does not know."""
+_RECOMPUTES = {"core_attn", "layernorm"}
+"""Recomputation that the fused layer can do, or does anyway."""
+
+
+def _activation(config: TransformerConfig) -> ActivationName | None:
+    function = config.activation_func
+    if isinstance(function, partial) and function.func is F.gelu:
+        return "gelu_tanh" if function.keywords == {"approximate": "tanh"} else None
+    if function is F.gelu:
+        # megatron-core's own fused bias and GELU is the tanh approximation.
+        return "gelu_tanh" if config.bias_activation_fusion else "gelu"
+    names: dict[Any, ActivationName] = {F.silu: "silu", F.relu: "relu"}
+    return names.get(function)
+
+
+def reason_not_used(config: TransformerConfig) -> str | None:
+    """Why layers of this configuration run as megatron-core's, in words; ``None`` if they can be fused."""
+    for name in _MUST_BE_OFF:
+        if getattr(config, name):
+            return f"{name}={getattr(config, name)!r}"
+    if _activation(config) is None:
+        return f"activation_func={config.activation_func!r}"
+    if config.num_query_groups is not None and config.num_query_groups < config.tensor_model_parallel_size:
+        return (
+            f"num_query_groups={config.num_query_groups} is smaller than tensor_model_parallel_size="
+            f"{config.tensor_model_parallel_size}"
+        )
+    modules = set(config.recompute_modules or ()) if config.recompute_granularity == "selective" else set()
+    if not modules <= _RECOMPUTES:
+        return f"recompute_modules={sorted(modules - _RECOMPUTES)}"
+    return None
+
+
+def reason_without_graphs(config: TransformerConfig) -> str | None:
+    """Why fused layers of this configuration run without CUDA graphs, in words; ``None`` if they are captured."""
+    for name, only in (
+        ("tensor_model_parallel_size", 1),
+        ("pipeline_model_parallel_size", 1),  # micro-batches in flight need memory of their own
+        ("context_parallel_size", 1),
+        ("recompute_granularity", None),
+        ("attention_dropout", 0.0),  # drawn from a generator that a graph cannot fork
+    ):
+        if getattr(config, name) != only:
+            return f"{name}={getattr(config, name)!r}"
+    return None
+
+
+class FusedTransformerLayer(TransformerLayer):
+    """megatron-core's layer with another forward and backward.
+
+    Modules, parameters, their names and their shards are inherited, so checkpoints, pipeline stages, DDP and activation
+    recomputation cannot tell the difference. Calls that the fused blocks do not cover (decoding with a cache, packed
+    sequences, cross attention) and configurations of :func:`reason_not_used` take megatron-core's own path.
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self._reason = reason_not_used(config)
+        if self._reason is not None and self.layer_number == 1:
+            logger.warning("Transformer layers run unfused, because of %s.", self._reason)
+        self._plan = None if self._reason is not None else self._make_plan()
+        self._graph: LayerGraph | None = None
+        reason = self._reason or reason_without_graphs(config)
+        if reason is None:
+            self._graph = LayerGraph(self._blocks, list(self.parameters()))
+        elif self.layer_number == 1 and torch.cuda.is_available():
+            logger.info("Transformer layers run without CUDA graphs, because of %s.", reason)
+
+    def _make_plan(self) -> LayerPlan:
+        config, attention = self.config, self.self_attention
+        name = _activation(config)
+        assert name is not None
+        size = self.tp_group.size()
+        parallel = TensorParallel(self.tp_group, size, config.sequence_parallel and size > 1)
+        return LayerPlan(
+            norm=Norm(config.normalization == "RMSNorm", config.layernorm_epsilon),
+            activation=Activation(name, config.gated_linear_unit),
+            groups=attention.num_query_groups_per_partition,
+            queries_per_group=attention.num_attention_heads_per_partition // attention.num_query_groups_per_partition,
+            head_width=attention.hidden_size_per_attention_head,
+            parallel=parallel,
+            rotary_interleaved=config.rotary_interleaved,
+            hidden_dropout=self.hidden_dropout,
+            keep_norm_outputs=size > 1,
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        context: Tensor | None = None,
+        rotary_pos_emb: Tensor | None = None,
+        attention_bias: Tensor | None = None,
+        **others: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``[sequence, batch, hidden]`` to the same shape; the arguments are megatron-core's."""
+        fused = (
+            self._plan is not None
+            and context is None
+            and not isinstance(rotary_pos_emb, tuple)
+            and all(value is None for name, value in others.items() if name not in ("context_mask", "padding_mask"))
+        )
+        if not fused:
+            out, context = super().forward(
+                hidden_states,
+                attention_mask=attention_mask,
+                context=context,
+                rotary_pos_emb=rotary_pos_emb,
+                attention_bias=attention_bias,
+                **others,
+            )
+            if torch.is_grad_enabled() and out.requires_grad:
+                out = UnfusedBackward.apply(out, list(self.parameters()))
+            return out, context
+        return self._forward_fused(hidden_states, attention_mask, rotary_pos_emb, attention_bias), None
+
+    def _forward_fused(
+        self, x: Tensor, mask: Tensor | None, rotary_pos_emb: Tensor | None, attention_bias: Tensor | None
+    ) -> Tensor:
+        attention, mlp = self.self_attention, self.mlp
+        norms = [self.input_layernorm, self.pre_mlp_layernorm]
+        before_forward([*norms, attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2])
+        x = x.contiguous()
+        seed = None
+        if self.training and self.hidden_dropout > 0:
+            # From the generator that is active: the same on all tensor-parallel ranks, unless sequence parallelism
+            # has forked it, and again the same when megatron-core's checkpointing runs the layer a second time.
+            seed = torch.randint(2**31 - 2, (), device=x.device)
+        self._others = (mask, rotary_pos_emb, attention_bias)
+        try:
+            plain = mask is None and attention_bias is None and self.training and x.is_cuda and torch.is_grad_enabled()
+            if self._graph is not None and plain and not torch.cuda.is_current_stream_capturing():
+                out = self._graph(x, seed, rotary_pos_emb)
+                if out is not None:
+                    return out
+            return self._blocks(x, seed)
+        finally:
+            self._others = (None, None, None)
+
+    def _blocks(self, x: Tensor, seed: Tensor | None) -> Tensor:
+        attention, mlp, plan = self.self_attention, self.mlp, self._plan
+        qkv, proj, fc1, fc2 = attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2
+        norm1, norm2 = self.input_layernorm, self.pre_mlp_layernorm
+        mask, angles, attention_bias = self._others
+        residual, query, key, value = AttentionInput.apply(
+            x, norm1.weight, _bias(norm1), qkv.weight, qkv.bias, angles, plan
+        )
+        attended = self._attend(query, key, value, mask, attention_bias)
+        return AttentionOutputAndMLP.apply(
+            residual, attended, proj.weight, proj.bias, norm2.weight, _bias(norm2), fc1.weight, fc1.bias, fc2.weight,
+            fc2.bias, seed, plan,
+        )  # fmt: skip
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
+        attention = self.self_attention
+        run = partial(attention.core_attention, attn_mask_type=attention.attn_mask_type, attention_bias=bias)
+        if attention.checkpoint_core_attention and self.training:
+            return tensor_parallel.checkpoint(run, False, query, key, value, mask)
+        return run(query, key, value, mask)
+
+
+def _bias(norm: torch.nn.Module) -> Tensor | None:
+    return getattr(norm, "bias", None)  # RMSNorm has none
+
+
+def layer_spec(spec: ModuleSpec, layer: type[FusedTransformerLayer] = FusedTransformerLayer) -> ModuleSpec:
+    """The same submodules, in a fused layer. ``layer`` may be a subclass, with whatever else ``spec.params`` names."""
+    return ModuleSpec(module=layer, params=spec.params, submodules=spec.submodules)

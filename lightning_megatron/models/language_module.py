@@ -1,0 +1,174 @@
+"""What the LightningModules of GPT, BERT and T5 share: logits, and sequences cut over context-parallel ranks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, override
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_megatron.errors import DataError, LayoutError
+from lightning_megatron.models.config import TransformerModelConfig
+from lightning_megatron.models.context_parallel import cut_sequence, restore_sequence
+from lightning_megatron.models.parameters import parameter_report
+from lightning_megatron.models.transformer_config import BuildContext
+from lightning_megatron.module import MegatronModule
+from lightning_megatron.optim.config import OptimizerConfig
+from lightning_megatron.schedule import Batch
+
+logger = logging.getLogger(__name__)
+
+ReturnLogits = bool | Literal["every_rank"]
+
+
+class LanguageModelModule(MegatronModule):
+    """A module whose last stage ends in a vocabulary.
+
+    Args:
+        config: sizes and choices of the model.
+        optimizer: ``None`` takes the defaults.
+        return_logits: let ``validation_step`` and ``test_step`` return ``{"loss": ..., "logits": ...}``. Logits are
+            ``[batch, sequence, vocabulary]`` for all samples of this data-parallel rank, gathered over tensor- and
+            context-parallel ranks, without the padding of the vocabulary. They are on the ranks of the last pipeline
+            stage and ``None`` on others, or on all with ``"every_rank"``. ``predict_step`` then returns the same
+            instead of generating.
+        data_on_every_stage: give middle pipeline stages the batch too, for masks that every layer needs.
+    """
+
+    config: TransformerModelConfig
+    supports_context_parallel = False
+
+    def __init__(
+        self,
+        optimizer: OptimizerConfig | None,
+        *,
+        return_logits: ReturnLogits = False,
+        data_on_every_stage: bool | None = None,
+    ) -> None:
+        super().__init__(optimizer)
+        if return_logits not in (False, True, "every_rank"):
+            raise ValueError(f"return_logits={return_logits!r} is none of False, True, 'every_rank'.")
+        self.return_logits = return_logits
+        if data_on_every_stage is not None:
+            self.data_on_every_stage = data_on_every_stage
+
+    @override
+    def configure_model(self) -> None:
+        built = self._built_in
+        super().configure_model()
+        groups = self.strategy.build_context.groups
+        if self._built_in is not built and groups.dp_cp.rank() == 0:
+            logger.info(parameter_report(self.chunks, groups.tp.rank(), groups.pp.rank()))
+
+    # --------------------------------------------------------------------- logits
+
+    @override
+    def prepare_prompts(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return self.prepare_batch(batch) if self.return_logits else super().prepare_prompts(batch)
+
+    @override
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """With ``return_logits`` the logits of a batch and its mean loss; otherwise what is generated after prompts."""
+        if not self.return_logits:
+            return super().predict_step(batch, batch_idx, dataloader_idx)
+        with self._logits() as logits:
+            result = self.strategy.run_schedule(batch, forward_only=True)
+        return {"loss": result.loss, "logits": self._spread(logits)}
+
+    @override
+    def _evaluate(self, name: str, batch: Batch) -> Any:
+        if not self.return_logits:
+            return super()._evaluate(name, batch)
+        with self._logits() as logits:
+            loss = super()._evaluate(name, batch)
+        return {"loss": loss, "logits": self._spread(logits)}
+
+    @contextmanager
+    def _logits(self) -> Iterator[list[Tensor]]:
+        """Collect the logits of each micro-batch, on the last stage; elsewhere the list stays empty."""
+        kept: list[Tensor] = []
+        ends: list[Any] = [chunk for chunk in self.chunks if chunk.post_process]
+        for chunk in ends:
+            chunk.kept_logits = kept
+        try:
+            yield kept
+        finally:
+            for chunk in ends:
+                chunk.kept_logits = None
+
+    def _spread(self, kept: list[Tensor]) -> Tensor | None:
+        groups, layout = self.strategy.build_context.groups, self.strategy.layout
+        logits = torch.cat(kept) if kept else None
+        if logits is not None and layout.context_parallel_size > 1:
+            parts = [torch.empty_like(logits) for _ in range(layout.context_parallel_size)]
+            dist.all_gather(parts, logits.contiguous(), group=groups.cp)
+            logits = restore_sequence(torch.cat(parts, dim=1), layout.context_parallel_size)
+        stages = layout.pipeline_model_parallel_size
+        if self.return_logits != "every_rank" or stages == 1:
+            return logits
+        return broadcast_from(logits, stages - 1, groups.pp, self.strategy.root_device)
+
+    # ------------------------------------------------------------- context parallelism
+
+    @override
+    def local_batch(self, batch: Batch) -> Batch:
+        """This context-parallel rank's part of each sequence.
+
+        Raises:
+            DataError: a mask of all pairs of tokens, which a part of a sequence cannot use.
+        """
+        ranks = self.strategy.layout.context_parallel_size
+        if ranks == 1:
+            return batch
+        if batch.get("attention_mask") is not None:
+            raise DataError(
+                "Under context parallelism a batch cannot hold an attention_mask of all pairs of tokens. Tell "
+                "boundaries by document_ids, or set context_parallel_size=1."
+            )
+        rank = self.strategy.build_context.groups.cp.rank()
+        length = self.pipeline_sequence_length(batch)
+        return {
+            key: cut_sequence(value, ranks, rank)
+            if torch.is_tensor(value) and value.dim() > 1 and value.size(1) == length
+            else value
+            for key, value in batch.items()
+        }
+
+    def check_layout(self, context: BuildContext) -> None:
+        """Raise :class:`LayoutError` for a kind of parallelism that this model does not have."""
+        ranks = context.layout.context_parallel_size
+        if ranks > 1 and not self.supports_context_parallel:
+            raise LayoutError(f"{type(self).__name__} has no context parallelism, but context_parallel_size={ranks}.")
+
+    # -------------------------------------------------------------------------- checks
+
+    def check_tokens(self, name: str, tokens: Tensor) -> None:
+        """Raise :class:`DataError` unless ``[batch, sequence]`` tokens fit the positions and the vocabulary."""
+        longest = self.config.max_position_embeddings
+        if tokens.size(1) > longest:
+            raise DataError(
+                f"A sequence of {tokens.size(1)} tokens in {name!r} is longer than max_position_embeddings={longest}. "
+                "Shorten the sequences, or raise max_position_embeddings."
+            )
+        lowest, highest = (int(tokens.min()), int(tokens.max())) if tokens.numel() else (0, 0)
+        if lowest < 0 or highest >= self.config.vocab_size:
+            raise DataError(
+                f"Token ids in {name!r} span {lowest} to {highest}, but vocab_size={self.config.vocab_size}. Is the "
+                "data from another tokenizer?"
+            )
+
+
+def broadcast_from(tensor: Tensor | None, source: int, group: dist.ProcessGroup, device: torch.device) -> Tensor:
+    """A tensor that only rank ``source`` of ``group`` has, on all of its ranks."""
+    announced: list[Any] = [None if tensor is None else (tuple(tensor.shape), tensor.dtype)]
+    dist.broadcast_object_list(announced, group_src=source, group=group, device=device)
+    shape, dtype = announced[0]
+    if tensor is None:
+        tensor = torch.empty(shape, dtype=dtype, device=device)
+    tensor = tensor.contiguous()
+    dist.broadcast(tensor, group_src=source, group=group)
+    return tensor

@@ -1,0 +1,146 @@
+"""T5 as a LightningModule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, override
+
+import torch
+from torch import Tensor
+
+from lightning_megatron.errors import DataError
+from lightning_megatron.models.config import T5Config
+from lightning_megatron.models.language_module import LanguageModelModule, ReturnLogits
+from lightning_megatron.models.t5 import T5Chunk, t5_core_config
+from lightning_megatron.models.transformer_config import BuildContext
+from lightning_megatron.optim.config import OptimizerConfig
+from lightning_megatron.schedule import Loss
+
+if TYPE_CHECKING:
+    from lightning_megatron.generation import Decoder
+
+_IGNORED = -100
+_MEGATRON = {"text_enc", "text_dec", "labels", "loss_mask", "enc_mask", "dec_mask"}
+
+
+class T5Module(LanguageModelModule):
+    """A T5. See :class:`~lightning_megatron.models.language_module.LanguageModelModule` for arguments.
+
+    A batch holds, sequences first after the batch:
+
+    - ``input_ids``, ``labels`` (-100 where they do not count), and optional ``attention_mask`` and
+      ``decoder_input_ids``: what Hugging Face's collators yield. Without ``decoder_input_ids`` labels are shifted
+      right, from token 0; or
+    - ``text_enc``, ``text_dec``, ``labels``, ``loss_mask``, and ``enc_mask``, ``dec_mask`` of ones where tokens are
+      real: what :mod:`lightning_megatron.data` and megatron-core's datasets yield. Masks of all pairs of tokens,
+      ``[batch, sequence, sequence]``, are reduced to the tokens that any query may see.
+
+    Encoder and decoder sequences may differ in length, the same for all samples of a batch.
+    """
+
+    data_on_every_stage = True  # every layer needs the padding mask
+    config: T5Config
+
+    def __init__(
+        self, config: T5Config, optimizer: OptimizerConfig | None = None, *, return_logits: ReturnLogits = False
+    ) -> None:
+        super().__init__(optimizer, return_logits=return_logits)
+        self.config = config
+
+    @override
+    def build_chunks(self, context: BuildContext) -> list[torch.nn.Module]:
+        self.check_layout(context)
+        core_config = t5_core_config(self.config, context)
+        return [T5Chunk(self.config, core_config, context, stage) for stage in context.stages]
+
+    @override
+    def forward_step(self, chunk: torch.nn.Module, microbatch: dict[str, Any]) -> Tensor:
+        """Losses of each token of the decoder ``[batch, sequence]`` on the last stage, states on others."""
+        encoder_keys = (microbatch["encoder_mask"] == 0)[:, None, None, :]  # True is hidden
+        return chunk(
+            microbatch["encoder_tokens"],
+            microbatch["decoder_tokens"],
+            encoder_keys,
+            None,  # padding of the decoder comes last, where no token that counts looks
+            encoder_keys,
+            lm_labels=microbatch["labels"],
+        )
+
+    @override
+    def loss(self, output: Tensor, microbatch: dict[str, Any]) -> Loss:
+        """The sum of the losses of all tokens that count."""
+        mask = microbatch["loss_mask"]
+        return Loss((output.float() * mask).sum(), mask.sum())
+
+    @override
+    def pipeline_sequence_length(self, batch: Mapping[str, Any]) -> int:
+        """Encoder and decoder states travel as one tensor."""
+        encoder, decoder = batch["encoder_tokens"].size(1), batch["decoder_tokens"].size(1)
+        for length in (encoder, decoder):
+            self.strategy.layout.check_sequence(length)
+        return encoder + decoder
+
+    @override
+    def prepare_batch(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """``encoder_tokens``, ``decoder_tokens``, ``encoder_mask``, ``labels`` and ``loss_mask``.
+
+        Raises:
+            DataError: another form, a sequence longer than the positions, or a token outside the vocabulary.
+        """
+        if "text_enc" in batch:
+            prepared = _megatron_form(batch)
+        elif "input_ids" in batch and "labels" in batch:
+            prepared = _hugging_face_form(batch)
+        else:
+            raise DataError(
+                "A T5 batch needs 'input_ids' and 'labels', or "
+                f"{', '.join(map(repr, sorted(_MEGATRON)))}, but has the keys {sorted(batch)}."
+            )
+        for name in ("encoder_tokens", "decoder_tokens", "labels"):
+            self.check_tokens(name, prepared[name])
+        return prepared
+
+    @override
+    def build_decoder(self) -> Decoder:
+        from lightning_megatron.generation.t5 import T5Decoder
+
+        return T5Decoder(list(self.chunks), self.config, self.strategy.build_context.groups)
+
+    @override
+    def describe(self) -> dict[str, Any]:
+        return {"module": "T5Module", "config": asdict(self.config)}
+
+
+def _megatron_form(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    missing = _MEGATRON - {"dec_mask"} - set(batch)
+    if missing:
+        raise DataError(f"A T5 batch with 'text_enc' misses {sorted(missing)}.")
+    mask = batch["enc_mask"]
+    if mask.dim() > 2:
+        hidden = mask if mask.dtype == torch.bool else mask < 0.5
+        mask = ~hidden.flatten(1, -2).all(dim=1) if mask.dim() == 4 else ~hidden.all(dim=1)
+    return {
+        "encoder_tokens": batch["text_enc"].long(),
+        "decoder_tokens": batch["text_dec"].long(),
+        "encoder_mask": mask.long(),
+        "labels": batch["labels"].long().clamp(min=0),
+        "loss_mask": batch["loss_mask"].float().masked_fill(batch["labels"] < 0, 0.0),
+    }
+
+
+def _hugging_face_form(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    tokens, labels = batch["input_ids"], batch["labels"]
+    ignored = labels == _IGNORED
+    labels = labels.masked_fill(ignored, 0)
+    decoder = batch.get("decoder_input_ids")
+    if decoder is None:
+        decoder = torch.cat([torch.zeros_like(labels[:, :1]), labels[:, :-1]], dim=1)
+    mask = batch.get("attention_mask")
+    return {
+        "encoder_tokens": tokens,
+        "decoder_tokens": decoder,
+        "encoder_mask": torch.ones_like(tokens) if mask is None else mask.long(),
+        "labels": labels,
+        "loss_mask": (~ignored).float(),
+    }

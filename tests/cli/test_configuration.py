@@ -1,0 +1,85 @@
+"""Configurations compose, every mistake names the field and the nearest one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hydra.utils import instantiate
+
+import lightning_megatron as lm
+from lightning_megatron.cli.configuration import ConfigurationError, check, compose, conf_dir
+
+DATA = "data.data_path=corpus"
+OPTIONS = [
+    (group.name, option.stem)
+    for group in sorted(conf_dir().iterdir())
+    if group.is_dir()
+    for option in sorted(group.glob("*.yaml"))
+]
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_shipped_option_composes_and_instantiates(group: str, option: str) -> None:
+    config = compose("pretrain", [f"{group}={option}", DATA])
+    if group in ("model", "parallel", "optim", "precision"):
+        assert instantiate(config[group]) is not None
+
+
+def test_every_field_of_the_dataclasses_is_in_the_configuration() -> None:
+    config = compose("pretrain", [DATA])
+    assert set(config.optim) - {"_target_"} == set(lm.OptimizerConfig.__dataclass_fields__)
+    assert set(config.model) - {"_target_"} == set(lm.GPTConfig.__dataclass_fields__)
+    assert set(lm.ParallelLayout.__dataclass_fields__) <= set(config.parallel)
+    assert instantiate(config.optim) == lm.OptimizerConfig(min_lr=3e-5, weight_decay=0.1)
+
+
+def test_overrides_arrive() -> None:
+    config = compose(
+        "pretrain", [DATA, "model=gpt2_large", "parallel=tp2_pp2", "optim.lr=1e-3", "+trainer.profiler=simple"]
+    )
+    assert instantiate(config.model) == lm.GPTConfig.gpt2("large")
+    strategy = instantiate(config.parallel)
+    assert str(strategy.layout) == "tp2_pp2_sp"
+    assert (config.optim.lr, config.data.seq_length, config.data.vocab_size) == (1e-3, 1024, 50257)
+    assert config.trainer.profiler == "simple"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.hiden_size=64", "no field 'model.hiden_size'. Did you mean 'model.hidden_size'?"),
+        ("optim.learning_rte=1", "no field 'optim.learning_rte'"),
+        ("modle=gpt_tiny", "no field 'modle'. Did you mean 'model'?"),
+        ("model=gpt2_lage", "model=gpt2_lage is none of .*. Did you mean 'gpt2_large'?"),
+        ("precision=bf16", "precision=bf16 is none of .*bf16-mixed"),
+        ("trainer.max_step=3", "no field 'trainer.max_step'. Did you mean 'trainer.max_steps'?"),
+        ("model.hidden_size=abc", "model.hidden_size='abc' is not of the type int"),
+        ("model.hidden_size=1.5", "model.hidden_size=1.5 is not of the type int"),
+        ("model.activation=7", "model.activation=7 is not of the type Literal"),
+        ("optim.lr=fast", "optim.lr='fast' is not of the type float"),
+        ("parallel.sequence_parallel=2", "parallel.sequence_parallel=2 is not of the type bool"),
+        ("trainer.max_steps=many", "trainer.max_steps='many' is not of the type int"),
+        ("+trainer.max_stepz=3", "no field 'trainer.max_stepz'. Did you mean 'trainer.max_steps'?"),
+        ("+model.depth=3", "no field 'model.depth'"),
+        ("data.split=[1", "no viable alternative"),
+    ],
+)
+def test_a_mistake_names_the_field_and_the_nearest(override: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        compose("pretrain", [DATA, override])
+
+
+def test_a_missing_value_is_named() -> None:
+    with pytest.raises(ConfigurationError, match=r"data\.data_path has no value"):
+        compose("pretrain")
+
+
+def test_interpolations_without_an_end_are_errors() -> None:
+    with pytest.raises(ConfigurationError, match=r"data\.seq_length"):
+        check(compose("pretrain", [DATA, "data.seq_length=${model.nothing}"]))
+
+
+def test_conf_is_found() -> None:
+    assert (conf_dir() / "pretrain.yaml").is_file()
+    assert isinstance(conf_dir(), Path)

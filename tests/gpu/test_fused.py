@@ -1,0 +1,108 @@
+"""The fused kernels on a GPU: values, CUDA graphs, and the loss curve in bf16 against the unfused one in fp32."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+import lightning_megatron as lm
+from lightning_megatron.models.fused import graph
+
+ROOT = Path(__file__).parents[2]
+SEQUENCE, VOCAB, BATCH = 128, 500, 8
+
+
+@pytest.mark.parametrize("script", ["tests/models/check_kernels.py", "tests/backends/check_adam.py"])
+def test_kernels_equal_plain_torch(script):
+    environment = {**os.environ, "KERNEL_DEVICE": "cuda", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(
+        [sys.executable, script], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+class Batches:
+    """Text with something to learn: each token is the one before plus a step that a sample keeps."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Any:
+        for step in range(self.steps):
+            generator = torch.Generator().manual_seed(step)
+            start, stride = torch.randint(1, VOCAB, (2, BATCH, 1), generator=generator)
+            text = (start + stride % 7 * torch.arange(SEQUENCE + 1)) % VOCAB
+            yield {"tokens": text[:, :-1], "labels": text[:, 1:]}
+
+
+class Record(pl.Callback):
+    def __init__(self) -> None:
+        self.losses: list[torch.Tensor] = []
+        self.captured = 0
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.losses.append(outputs["loss"])
+
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        layers = [m for m in module.modules() if getattr(m, "_graph", None) is not None]
+        self.captured = sum(layer._graph._backward is not None for layer in layers)
+
+
+def train(config: lm.GPTConfig, precision: str, fused: bool, steps: int, micro_batch: int = BATCH) -> Record:
+    module = lm.GPTModule(config, lm.OptimizerConfig(lr=1e-3, lr_decay_style="constant"))
+    module.fused = fused
+    record = Record()
+    trainer = pl.Trainer(
+        accelerator="gpu",
+        devices=1,
+        strategy=lm.MegatronStrategy(micro_batch_size=micro_batch, seed=7),
+        precision=precision,
+        max_steps=steps,
+        callbacks=[record],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(module, Batches(steps))
+    return record
+
+
+def config(name: str, **changes: Any) -> lm.GPTConfig:
+    sizes = {"num_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "vocab_size": VOCAB}
+    sizes |= {"max_position_embeddings": SEQUENCE, "hidden_dropout": 0.0, "attention_dropout": 0.0}
+    if name == "llama":
+        return lm.GPTConfig.llama(**sizes, num_query_groups=2, ffn_hidden_size=512).replace(**changes)
+    return lm.GPTConfig(**sizes).replace(**changes)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_loss_curve_in_bf16_follows_unfused_fp32(name):
+    expected = train(config(name), "32-true", fused=False, steps=60)
+    actual = train(config(name), "bf16-mixed", fused=True, steps=60)
+    assert actual.captured == 4
+    assert expected.captured == 0
+    a, e = (torch.stack(record.losses).float().cpu() for record in (actual, expected))
+    assert e[-1] < 0.8 * e[0]
+    torch.testing.assert_close(a, e, rtol=0.02, atol=0.02)
+
+
+def test_graphs_change_nothing(monkeypatch):
+    """The same kernels in the same order, also for micro-batches of one step, which share the graphs."""
+    with_graphs = train(config("gpt2", hidden_dropout=0.1), "bf16-mixed", fused=True, steps=8, micro_batch=BATCH // 2)
+    monkeypatch.setattr(graph, "WARM_UP", 10**9)
+    without = train(config("gpt2", hidden_dropout=0.1), "bf16-mixed", fused=True, steps=8, micro_batch=BATCH // 2)
+    assert (with_graphs.captured, without.captured) == (4, 0)
+    a, e = (torch.stack(record.losses).float().cpu() for record in (with_graphs, without))
+    torch.testing.assert_close(a, e, rtol=2e-3, atol=2e-3)

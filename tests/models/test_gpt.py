@@ -1,0 +1,141 @@
+"""GPT variants at every layout against one process."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+import lightning_megatron as lm
+from tests.helpers import SEQUENCE, VOCAB, tiny_config
+from tests.models.runs import Batch, assert_same, evaluate, fit
+from tests.ranks import RankPool
+
+
+def tokens(samples: int = 4, **more: torch.Tensor) -> Batch:
+    text = torch.randint(0, VOCAB, (samples, SEQUENCE + 1), generator=torch.Generator().manual_seed(0))
+    return {"tokens": text[:, :-1], "labels": text[:, 1:], **more}
+
+
+def documents(samples: int = 4) -> torch.Tensor:
+    lengths = torch.tensor([[5, 6, 5], [16, 0, 0], [1, 2, 13], [8, 4, 4]])[:samples]
+    return torch.stack([torch.arange(3).repeat_interleave(row) for row in lengths])
+
+
+def make(return_logits: Any = False, data_on_every_stage: bool = False, **changes: Any) -> lm.GPTModule:
+    return lm.GPTModule(tiny_config(**changes), return_logits=return_logits, data_on_every_stage=data_on_every_stage)
+
+
+LLAMA: dict[str, Any] = {
+    "normalization": "RMSNorm",
+    "activation": "silu",
+    "gated_linear_unit": True,
+    "add_bias_linear": False,
+    "position_embedding_type": "rope",
+    "share_embeddings_and_output_weights": False,
+    "num_query_groups": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "layouts"),
+    [
+        (LLAMA, [{"tp": 2, "sp": True}, {"pp": 2}, {"tp": 4}]),
+        ({"num_query_groups": 1}, [{"tp": 2}]),
+        ({"position_embedding_type": "alibi"}, [{"tp": 2}, {"cp": 2}]),
+        ({}, [{"cp": 2}, {"tp": 2, "cp": 2}]),
+        (LLAMA | {"rope_scaling": True}, [{"tp": 2, "cp": 2, "sp": True}]),
+    ],
+    ids=["llama", "mqa", "alibi", "learned", "rope_scaling"],
+)
+def test_layouts_agree(ranks: RankPool, config: dict[str, Any], layouts: list[dict[str, Any]]) -> None:
+    build, batch = partial(make, **config), tokens()
+    (reference,) = ranks.run(fit, 1, build, batch, {})
+    for layout in layouts:
+        size = layout.get("tp", 1) * layout.get("cp", 1) * layout.get("pp", 1)
+        for run in ranks.run(fit, size, build, batch, layout):
+            assert_same(run, reference)
+
+
+def test_documents_are_separate(ranks: RankPool) -> None:
+    """Logits of each document are those of the document alone, at every layout."""
+    batch = tokens(document_ids=documents())
+    build = partial(make, return_logits="every_rank", data_on_every_stage=True, position_embedding_type="rope")
+    (packed,) = ranks.run(evaluate, 1, build, batch, {})
+    alone = {"tokens": batch["tokens"][:1, 5:11], "labels": batch["labels"][:1, 5:11]}
+    (single,) = ranks.run(evaluate, 1, build, alone, {})
+    torch.testing.assert_close(packed["logits"][0, 5:11], single["logits"][0], atol=1e-5, rtol=0)
+    (reference,) = ranks.run(fit, 1, build, batch, {})
+    for world, layout in ((2, {"tp": 2}), (2, {"cp": 2}), (4, {"pp": 4}), (4, {"cp": 2, "tp": 2})):
+        for run in ranks.run(evaluate, world, build, batch, layout):
+            torch.testing.assert_close(run["logits"], packed["logits"], atol=1e-5, rtol=0)
+        for run in ranks.run(fit, world, build, batch, layout):
+            assert_same(run, reference)
+
+
+def test_padding_on_the_left_changes_nothing(ranks: RankPool) -> None:
+    text = torch.randint(0, VOCAB, (1, 6), generator=torch.Generator().manual_seed(1))
+    padded = {
+        "input_ids": torch.cat([torch.zeros(1, 4, dtype=torch.long), text], dim=1),
+        "attention_mask": torch.tensor([[0] * 4 + [1] * 6]),
+    }
+    (alone,) = ranks.run(evaluate, 1, make, {"input_ids": text}, {})
+    (result,) = ranks.run(evaluate, 1, make, padded, {})
+    torch.testing.assert_close(result["logits"][:, 4:], alone["logits"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(result["loss"], alone["loss"], atol=1e-5, rtol=0)
+
+
+def test_arbitrary_mask_hides(ranks: RankPool) -> None:
+    """A mask that tells the same as document_ids gives the same logits."""
+    ids = documents()
+    mask = ids[:, :, None] != ids[:, None, :]
+    (by_mask,) = ranks.run(evaluate, 1, make, tokens(attention_mask=mask), {})
+    (by_ids,) = ranks.run(evaluate, 1, make, tokens(document_ids=ids), {})
+    (neither,) = ranks.run(evaluate, 1, make, tokens(), {})
+    torch.testing.assert_close(by_mask["logits"], by_ids["logits"], atol=1e-6, rtol=0)
+    assert (by_mask["logits"] - neither["logits"]).abs().max() > 1e-3
+
+
+def test_logits_where_asked(ranks: RankPool) -> None:
+    (reference,) = ranks.run(evaluate, 1, make, tokens(), {})
+    assert reference["logits"].shape == (4, SEQUENCE, VOCAB)
+    first, last = ranks.run(evaluate, 2, make, tokens(), {"pp": 2})
+    assert first["logits"] is None
+    torch.testing.assert_close(last["logits"], reference["logits"], atol=1e-5, rtol=0)
+    odd = partial(make, vocab_size=VOCAB - 3)
+    few = {key: value.clamp(max=VOCAB - 4) for key, value in tokens().items()}
+    for run in ranks.run(evaluate, 2, odd, few, {"tp": 2}):
+        assert run["logits"].shape[-1] == VOCAB - 3  # the padding of the vocabulary is gone
+
+
+EXPERTS = LLAMA | {"num_moe_experts": 4, "moe_aux_loss_coeff": 0.05, "moe_z_loss_coeff": 1e-3, "num_layers": 2}
+
+
+def test_experts_in_parallel(ranks: RankPool) -> None:
+    build, batch = partial(make, **EXPERTS), tokens()
+    (reference,) = ranks.run(fit, 1, build, batch, {"mbs": 2})
+    assert reference[2]["train_load_balancing_loss"] > 0.9  # 1 is balanced
+    assert reference[2]["train_z_loss"] > 0
+    for world, layout in ((2, {"ep": 2, "mbs": 2}), (2, {"pp": 2, "mbs": 2}), (4, {"pp": 2, "ep": 2, "mbs": 2})):
+        for run in ranks.run(fit, world, build, batch, layout):
+            assert_same(run, reference)
+            for name in ("train_load_balancing_loss", "train_z_loss"):
+                assert run[2][name] == pytest.approx(reference[2][name], abs=1e-5)
+
+
+def test_bad_input() -> None:
+    for changes, words in (
+        ({"num_attention_heads": 5}, "not divisible by num_attention_heads=5"),
+        ({"vocab_size": 0}, "vocab_size=0"),
+        ({"position_embedding_type": "alibbi"}, "Did you mean 'alibi'"),
+        ({"rope_scaling": True}, "belong to position_embedding_type='rope'"),
+        ({"num_moe_experts": 2, "moe_router_topk": 3}, "moe_router_topk=3"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            tiny_config(**changes)
+    with pytest.raises(lm.DataError, match="longer than max_position_embeddings=16"):
+        make().prepare_batch({"input_ids": torch.zeros(1, 17, dtype=torch.long)})
+    with pytest.raises(lm.DataError, match="span 128 to 128, but vocab_size=128"):
+        make().prepare_batch({"input_ids": torch.full((1, 4), VOCAB)})
