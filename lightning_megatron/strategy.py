@@ -386,7 +386,10 @@ class MegatronStrategy(DDPStrategy):
             state = self._run_state(with_optimizer="optimizer_states" in checkpoint)
             description = self.lightning_module.describe()
             team = self._saver.team
-            self._saver.save(snapshot(Path(filepath), state, checkpoint, description, self.layout, team))
+            read_back = self._checkpoint_options.read_back
+            self._saver.save(
+                snapshot(Path(filepath), state, checkpoint, description, self.layout, team, read_back=read_back)
+            )
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:

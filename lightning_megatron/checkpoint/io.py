@@ -33,8 +33,8 @@ from lightning_megatron.checkpoint.shard_files import (
     share_out,
     write_index,
 )
+from lightning_megatron.checkpoint.summed_file import WrittenFile, write_file
 from lightning_megatron.checkpoint.together import Team
-from lightning_megatron.checkpoint.verified_file import WrittenFile, write_file
 from lightning_megatron.errors import CheckpointError
 from lightning_megatron.layout import ParallelLayout
 
@@ -56,6 +56,9 @@ class Snapshot:
     """The Trainer's state, on rank 0."""
     metadata: CheckpointMetadata
 
+    read_back: bool = False
+    """Read every file from the disk again before the checkpoint gets its name."""
+
     def with_tensors(self, tensors: Sequence[Tensor]) -> Snapshot:
         """The same of other memory."""
         return replace(self, tensors=tensors)
@@ -70,13 +73,16 @@ class Snapshot:
         what = f"Saving the checkpoint {self.path}"
         try:
             team.do(what, lambda: _prepare(partial) if team.first else None)
-            file = team.do(what, lambda: write_file(partial / f"__{team.rank}_0.distcp", self.tensors))
+            file = team.do(what, lambda: self._write_mine(partial / f"__{team.rank}_0.distcp"))
             files = team.gather(file)
             team.do(what, lambda: self._complete(partial, files) if team.first else None)
         except CheckpointError:
             if team.first:
                 shutil.rmtree(partial, ignore_errors=True)  # a full disk has room again
             raise
+
+    def _write_mine(self, path: Path) -> WrittenFile:
+        return write_file(path, self.tensors, read_back=self.read_back)
 
     def _complete(self, partial: Path, files: Sequence[WrittenFile]) -> None:
         write_index(partial, zip(files, self.outlines, strict=True))
@@ -86,6 +92,7 @@ class Snapshot:
         sums |= {path.name: FileSum.of(path) for path in others}
         replace(self.metadata, files=sums).write(partial)
         sync_files(partial)
+        ShardFiles.open(partial).check_whole(sums)
         publish(partial, self.path)
 
 
@@ -95,7 +102,14 @@ def _prepare(partial: Path) -> None:
 
 
 def snapshot(
-    path: Path, state: RunState, lightning: dict[str, Any], model: dict[str, Any], layout: ParallelLayout, team: Team
+    path: Path,
+    state: RunState,
+    lightning: dict[str, Any],
+    model: dict[str, Any],
+    layout: ParallelLayout,
+    team: Team,
+    *,
+    read_back: bool = False,
 ) -> Snapshot:
     """Decide who writes what.
 
@@ -119,6 +133,7 @@ def snapshot(
         else [],
         lightning=pickled(lightning) if team.first else b"",
         metadata=CheckpointMetadata(model, layout.as_dict(), team.size, versions()),
+        read_back=read_back,
     )
 
 

@@ -31,6 +31,10 @@ class CheckpointOptions:
     on_error: Literal["raise", "warn"] = "raise"
     """Whether a failed save, on a full disk for instance, ends the training. Earlier checkpoints stay either way."""
 
+    read_back: bool = False
+    """Read every file from the disk again, and compare, before a checkpoint gets its name. Without it the files'
+    sizes and the presence of every element are verified, and the checksums at each load."""
+
     def __post_init__(self) -> None:
         if self.when_busy not in ("wait", "skip"):
             raise ValueError(f"when_busy={self.when_busy!r} is neither 'wait' nor 'skip'.")

@@ -14,7 +14,7 @@ import pickle
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
@@ -33,7 +33,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from lightning_megatron.backends.shards import Box, Shard, Sizes
-from lightning_megatron.checkpoint.verified_file import WrittenFile
+from lightning_megatron.checkpoint.metadata import FileSum
+from lightning_megatron.checkpoint.summed_file import WrittenFile
 from lightning_megatron.errors import CheckpointError
 
 INDEX_FILE = ".metadata"
@@ -185,6 +186,21 @@ class ShardFiles:
             raise CheckpointError(f"{directory} has no readable index {INDEX_FILE}: {error}") from error
         except Exception as error:  # a damaged pickle raises almost anything
             raise CheckpointError(f"The index {directory / INDEX_FILE} is damaged or unsafe: {error}.") from error
+
+    def check_whole(self, sums: Mapping[str, FileSum]) -> None:
+        """Check that every element of every tensor lies in a file, without reading any.
+
+        Raises:
+            CheckpointError: it does not.
+        """
+        sizes = {name: (self.directory / name).stat().st_size for name in sums}
+        for key, chunks in self.chunks.items():
+            stored, needed = sum(chunk.box.numel for chunk in chunks), math.prod(self.shapes[key])
+            if stored != needed:
+                raise CheckpointError(f"{self.directory} has {stored} elements of {key} instead of {needed}.")
+            for chunk in chunks:
+                if chunk.start + chunk.length > sizes.get(chunk.file, 0):
+                    raise CheckpointError(f"{self.directory / chunk.file} ends before {key} does.")
 
     @cached_property
     def _maps(self) -> dict[str, memoryview]:

@@ -27,8 +27,9 @@ def _run(directory: Path, background: bool, victim: int | None, delay: float) ->
     """Train to the end unless this is the victim; the step it began at, its last loss, and how long it took."""
     write = io.write_file
 
-    def slowly(path: Path, parts: Any) -> Any:
-        return write(path, (part for part in parts if time.sleep(0.001) is None))  # kills meet half-written files
+    def slowly(path: Path, parts: Any, **options: Any) -> Any:
+        # So that kills meet half-written files.
+        return write(path, (part for part in parts if time.sleep(0.001) is None), **options)
 
     io.write_file = slowly
     strategy = CASE.strategy()

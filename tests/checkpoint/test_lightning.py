@@ -217,10 +217,10 @@ def _full_disk(directory: Path, on_error: str) -> tuple[str, int]:
 
                 write = io.write_file
 
-                def no_space(path: Path, tensors: Any) -> Any:
+                def no_space(path: Path, tensors: Any, **options: Any) -> Any:
                     if trainer.global_rank == 1:
                         raise OSError(28, "No space left on device")
-                    return write(path, tensors)
+                    return write(path, tensors, **options)
 
                 io.write_file = no_space
                 try:
