@@ -142,7 +142,13 @@ def main() -> None:
         f"trainer.max_steps={arguments.steps}",
         f"trainer.val_check_interval={max(1, arguments.steps // 4)}",
         *("optim.lr=2e-3", "optim.min_lr=2e-4", f"optim.lr_warmup_steps={arguments.steps // 20}"),
-        *("callbacks=sample", 'callbacks.sample.prompts=["Return a list of","The class of"]'),
+        *("callbacks=sample", 'callbacks.sample.prompts=["Return a new","The following"]'),
+        *(
+            "+callbacks.sample.do_sample=true",
+            "+callbacks.sample.top_k=20",
+            "+callbacks.sample.temperature=0.8",
+            "+callbacks.sample.repetition_penalty=1.2",
+        ),
         *("model.hidden_dropout=0.0", "model.attention_dropout=0.0", "trainer.num_sanity_val_steps=1"),
     )
     resumed = directory / "resumed"
