@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,7 +90,11 @@ def _close(one: Path, other: Path) -> int:
     return len(first)
 
 
-@pytest.mark.parametrize(("source", "target"), PAIRS)
+def _every_other_is_slow() -> list[Any]:
+    return [pytest.param(*pair, marks=[pytest.mark.slow] * (index % 2)) for index, pair in enumerate(PAIRS)]
+
+
+@pytest.mark.parametrize(("source", "target"), _every_other_is_slow())
 def test_pairs(saved: Saved, ranks: RankPool, tmp_path: Path, source: str, target: str) -> None:
     path, case = saved.checkpoint(source), CASES[target]
     again = tmp_path / "again.ckpt"

@@ -58,7 +58,7 @@ def _fit(
     return record.losses, counter.batches, checkpoint.best_model_path, trainer.global_step
 
 
-@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("background", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_top_k_last_and_best(ranks: RankPool, tmp_path: Path, background: bool) -> None:
     options = {"monitor": "train_loss", "save_top_k": 2}
     results = ranks.run(_fit_with, 2, CASE, tmp_path, 5, None, background, options)

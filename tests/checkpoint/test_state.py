@@ -28,7 +28,11 @@ def _train(case: Case, steps: int, save: Path | None, resume: Path | None, optio
 
 @pytest.mark.parametrize(
     "case",
-    [Case(2, TP2), Case(4, PP2, distributed=True, precision="bf16-mixed"), Case(2, precision="16-mixed")],
+    [
+        Case(2, TP2),
+        Case(4, PP2, distributed=True, precision="bf16-mixed"),
+        pytest.param(Case(2, precision="16-mixed"), marks=pytest.mark.slow),
+    ],
     ids=["tp2", "pp2dp2-bf16-distributed", "dp2-fp16"],
 )
 def test_same_layout_is_bit_identical_with_dropout(ranks: RankPool, tmp_path: Path, case: Case) -> None:

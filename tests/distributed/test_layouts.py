@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,19 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp4": (4, {TP: 4}),
     "dp4 distributed optimizer": (4, {DISTRIBUTED: True}),
 }
+
+
+SLOW = {
+    "dp2 overlapped reduction",
+    "pp2 last stage of 1 layer",
+    "tp2 dp2 overlapped sp",
+    "tp4",
+    "dp4 distributed optimizer",
+}
+
+
+def _params(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in names]
 
 
 def train(
@@ -85,7 +99,7 @@ def seeded(ranks: Any) -> tuple[list[float], list[float]]:
     return ranks.run(train, 1, 1, {})[0]
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", _params(LAYOUTS))
 def test_layout_equals_one_process(name: str, ranks: Any, initial: Path, reference: Any) -> None:
     world_size, strategy = LAYOUTS[name]
     results = ranks.run(train, world_size, world_size, strategy, None, str(initial))
@@ -127,7 +141,7 @@ RECOMPUTE = {
 }
 
 
-@pytest.mark.parametrize("mode", RECOMPUTE)
+@pytest.mark.parametrize("mode", ["selective", "full uniform", pytest.param("full block", marks=pytest.mark.slow)])
 def test_recompute_changes_nothing_even_with_dropout(mode: str, ranks: Any) -> None:
     dropout = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
     layout = {TP: 2, PP: 2, SP: True}
@@ -137,7 +151,9 @@ def test_recompute_changes_nothing_even_with_dropout(mode: str, ranks: Any) -> N
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("bf16-mixed", 2e-3), ("bf16-true", 2e-3), ("16-mixed", 1e-3)])
-@pytest.mark.parametrize("name", ["tp2 sp", "pp2 dp2 distributed optimizer", "pp2 interleaved"])
+@pytest.mark.parametrize(
+    "name", ["tp2 sp", "pp2 dp2 distributed optimizer", pytest.param("pp2 interleaved", marks=pytest.mark.slow)]
+)
 def test_half_precision_stays_near_fp32(name: str, precision: str, tolerance: float, ranks: Any, seeded: Any) -> None:
     world_size, strategy = LAYOUTS[name]
     losses, norms = ranks.run(train, world_size, world_size, strategy, None, None, None, precision)[0]

@@ -139,7 +139,15 @@ OVERLAP = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "over
 
 
 @pytest.mark.parametrize(
-    ("sizes", "world_size"), [({}, 1), ({}, 2), (OVERLAP, 2), (PP2, 2), ({**PP2, **OVERLAP}, 4), (TP2_PP2, 4)]
+    ("sizes", "world_size"),
+    [
+        ({}, 1),
+        ({}, 2),
+        (OVERLAP, 2),
+        pytest.param(PP2, 2, marks=pytest.mark.slow),
+        pytest.param({**PP2, **OVERLAP}, 4, marks=pytest.mark.slow),
+        (TP2_PP2, 4),
+    ],
 )
 def test_accumulating_equals_a_larger_batch(sizes: dict[str, Any], world_size: int, ranks: Any) -> None:
     expected, norms, _ = ranks.run(at_once, 1)[0]
@@ -283,7 +291,7 @@ def part_of_an_epoch(path: str, phase: str, loader: str) -> list[float]:
     return record.losses
 
 
-@pytest.mark.parametrize("loader", ["shared", "plain", "random"])
+@pytest.mark.parametrize("loader", ["shared", pytest.param("plain", marks=pytest.mark.slow), "random"])
 def test_resuming_in_the_middle_of_an_epoch_is_bit_identical(loader: str, ranks: Any, tmp_path: Path) -> None:
     path = str(tmp_path / "three.ckpt")
     whole, first, rest = (ranks.run(part_of_an_epoch, 4, path, phase, loader)[0] for phase in ("all", "first", "rest"))

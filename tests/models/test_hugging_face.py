@@ -160,7 +160,10 @@ def theirs(case: Case) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     return output.loss.detach(), logits.detach(), gradients
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "llama3", "megatron_bert", "t5", "t5_v1_1", "mt5"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("llama3", "t5_v1_1")]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "megatron_bert", "t5", "mt5", *SLOW])
 def test_equals_hugging_face(ranks: RankPool, name: str) -> None:
     case = build(name)
     loss, logits, gradients = theirs(case)

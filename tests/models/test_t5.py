@@ -78,7 +78,7 @@ MEGATRON: dict[str, Any] = {
             ],
         ),
         (V1_1, [(2, {"tp": 2}), (4, {"tp": 2, "pp": 2}), (2, {"pp": 2, "vpp": 2})]),
-        (MEGATRON, [(2, {"pp": 2}), (4, {"tp": 2, "pp": 2, "sp": True})]),
+        pytest.param(MEGATRON, [(2, {"pp": 2}), (4, {"tp": 2, "pp": 2, "sp": True})], marks=pytest.mark.slow),
         ({"num_layers": 3, "decoder_num_layers": 1} | V1_1, [(2, {"pp": 2})]),
     ],
     ids=["v1.0", "v1.1", "megatron", "uneven"],
