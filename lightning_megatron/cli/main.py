@@ -18,7 +18,9 @@ COMMANDS = {
     "plan": "memory, time and layout of a run, before it starts",
     "config": "a configuration by questions, by flags, or from Accelerate's",
     "generate": "text from a checkpoint, over tensor and pipeline parallel ranks",
-    "doctor": "verify a checkpoint",
+    "schedule": "the learning rate of a run, drawn before it starts",
+    "report": "one HTML page of a run: curves, layout, checkpoints, configuration",
+    "doctor": "environment, kernels and a self-test of this machine; or whether checkpoints are whole",
 }
 RECIPES = {
     "pretrain": "recipes/pretrain.py: train, validate or test from Hydra configurations",
