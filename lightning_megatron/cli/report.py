@@ -28,7 +28,8 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the page; 1 if there is nothing to report."""
     from lightning_megatron.errors import DataError
-    from lightning_megatron.reporting import read_run, render
+    from lightning_megatron.reporting.page import render
+    from lightning_megatron.reporting.run import read_run
 
     try:
         found = read_run(args.directory)

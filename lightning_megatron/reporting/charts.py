@@ -6,7 +6,7 @@ import base64
 import io
 from collections.abc import Mapping
 
-from lightning_megatron.reporting.run import Series, finite
+from lightning_megatron.reporting.series import Series, finite
 
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 _FEW = 60  # points that are drawn one by one

@@ -12,7 +12,8 @@ from typing import Any
 from lightning_megatron.optim.config import OptimizerConfig
 from lightning_megatron.optim.preview import learning_rates
 from lightning_megatron.reporting.charts import data_uri, line_chart
-from lightning_megatron.reporting.run import Run, Series
+from lightning_megatron.reporting.run import Run
+from lightning_megatron.reporting.series import Series
 
 _STYLE = """
 :root { color-scheme: light; }

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning_megatron.checkpoint.metadata import FILE, CheckpointMetadata
 from lightning_megatron.errors import CheckpointError, DataError
+from lightning_megatron.reporting.series import Series
 
-Series = tuple[tuple[int, float], ...]
+if TYPE_CHECKING:
+    from lightning_megatron.checkpoint.metadata import CheckpointMetadata
+
 _NOT_SERIES = ("step", "epoch")
 
 
@@ -135,16 +136,14 @@ def _parsed(text: str) -> dict[str, Any]:
 
 
 def _checkpoints(path: Path) -> Iterable[Checkpoint]:
-    for directory in sorted(path.rglob("*.ckpt"), key=_modified):
-        if not directory.is_dir():
-            continue
+    directories = sorted((found for found in path.rglob("*.ckpt") if found.is_dir()), key=_modified)
+    if not directories:
+        return
+    from lightning_megatron.checkpoint.metadata import CheckpointMetadata  # takes seconds: its package needs torch
+
+    for directory in directories:
         try:
-            metadata = CheckpointMetadata.read(directory) if (directory / FILE).is_file() else None
+            metadata: CheckpointMetadata | None = CheckpointMetadata.read(directory)
         except CheckpointError:
             metadata = None
         yield Checkpoint(path=directory, metadata=metadata)
-
-
-def finite(points: Series) -> Series:
-    """The points that can be drawn."""
-    return tuple((step, value) for step, value in points if math.isfinite(value))

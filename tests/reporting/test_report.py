@@ -16,8 +16,8 @@ from lightning_megatron.checkpoint.metadata import CheckpointMetadata, FileSum
 from lightning_megatron.cli.main import main
 from lightning_megatron.errors import DataError
 from lightning_megatron.optim.preview import learning_rates
-from lightning_megatron.reporting import read_run, render
-from lightning_megatron.reporting.page import planned_rates
+from lightning_megatron.reporting.page import planned_rates, render
+from lightning_megatron.reporting.run import read_run
 
 CONFIG = """
 model: {num_layers: 4}
