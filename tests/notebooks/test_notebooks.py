@@ -56,6 +56,7 @@ L.Trainer(strategy="megatron_notebook", accelerator="cpu", devices=2, logger=Fal
 """
 
 
+@pytest.mark.slow
 def test_lightnings_default_launcher_is_refused_in_a_notebook() -> None:
     result = subprocess.run([sys.executable, "-c", REFUSED], capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
