@@ -106,7 +106,7 @@ class Clock:
 
 
 def _kernel_times(profiler: Any, steps: int) -> dict[str, Any]:
-    """Time in kernels, the share of the window in which any ran, and the kernels by name."""
+    """Time in kernels, the share of the window in which any ran, the kernels by name, and where none ran."""
     total: dict[str, list[float]] = {}
     spans = []
     for event in profiler.profiler.kineto_results.events():
@@ -114,17 +114,26 @@ def _kernel_times(profiler: Any, steps: int) -> dict[str, Any]:
             row = total.setdefault(event.name(), [0.0, 0])
             row[0] += event.duration_ns() / 1e6 / steps
             row[1] += 1 / steps
-            spans.append((event.start_ns(), event.start_ns() + event.duration_ns()))
+            spans.append((event.start_ns(), event.start_ns() + event.duration_ns(), event.name()))
     spans.sort()
-    busy, until = 0, spans[0][0]
-    for start, end in spans:
+    busy, until, before = 0, spans[0][0], ""
+    idle: dict[str, list[float]] = {}
+    for start, end, name in spans:
         busy += max(0, end - max(start, until))
-        until = max(until, end)
+        if start > until:
+            row = idle.setdefault(f"{before[:45]} -> {name[:45]}", [0.0, 0])
+            row[0] += (start - until) / 1e6 / steps
+            row[1] += 1 / steps
+        until, before = max((until, before), (end, name))
     rows = sorted(total.items(), key=lambda item: -item[1][0])
     return {
         "kernel_ms": round(sum(ms for ms, _ in total.values()), 2),
         "busy": round(busy / (until - spans[0][0]), 4),
         "top": [f"{ms:8.3f} ms {round(count):5d} x {name[:100]}" for name, (ms, count) in rows[:40]],
+        "idle": [
+            f"{ms:8.3f} ms {round(count):5d} x nothing between {pair}"
+            for pair, (ms, count) in sorted(idle.items(), key=lambda item: -item[1][0])[:15]
+        ],
     }
 
 
@@ -255,8 +264,8 @@ def main() -> None:
                 print(f"{variant} batch {batch} failed:\n{output[-4000:]}", flush=True)
                 continue
             result = json.loads(lines[0].removeprefix("RESULT "))
-            top = result.pop("top", [])
-            print(json.dumps(result), *top, sep="\n", flush=True)
+            listings = result.pop("top", []), result.pop("idle", [])
+            print(json.dumps(result), *itertools.chain(*listings), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, override
 
 import lightning.pytorch as pl
+import torch.distributed as dist
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -338,7 +339,34 @@ class MegatronStrategy(DDPStrategy):
             self._window_tokens = num_tokens
             return
         self._window_tokens = None
-        core.finalize_model_grads(chunks, num_tokens, **kwargs)
+        if num_tokens is None or self._gradients_are_looked_at():
+            core.finalize_model_grads(chunks, num_tokens, **kwargs)
+            return
+        core.finalize_model_grads(chunks, None, **kwargs)
+        scale = 1.0 / self._over_all_ranks(num_tokens).clamp(min=1)
+        if not self.megatron_optimizer.scale_gradients(scale):
+            for chunk in chunks:
+                chunk.scale_gradients(scale)
+
+    def _gradients_are_looked_at(self) -> bool:
+        """Whether anyone may read gradients before the optimizer does, which can divide them while it reads them."""
+        module = self.lightning_module
+        assert module is not None
+        hooks = ("on_after_backward", "on_before_optimizer_step")
+        return any(
+            getattr(type(hooked), hook) is not getattr(base, hook)
+            for hooked, base in ((module, pl.LightningModule), *((c, pl.Callback) for c in module.trainer.callbacks))  # type: ignore[attr-defined]
+            for hook in hooks
+        )
+
+    def _over_all_ranks(self, num_tokens: Tensor) -> Tensor:
+        """Tokens of all replicas, on every rank, from those that the last pipeline stage has counted."""
+        groups = self.build_context.groups
+        if groups.pp.size() > 1:
+            dist.broadcast(num_tokens, group_src=groups.pp.size() - 1, group=groups.pp)
+        if groups.dp_cp.size() > 1:
+            dist.all_reduce(num_tokens, group=groups.dp_cp)
+        return num_tokens
 
     @override
     @contextmanager
@@ -351,7 +379,10 @@ class MegatronStrategy(DDPStrategy):
             self._more_to_accumulate = False
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Names in this rank's chunks and accumulated gradients, for callbacks before an optimizer step."""
+        """Names in this rank's chunks and gradients, for ``on_after_backward`` and ``on_before_optimizer_step``.
+
+        Elsewhere they may be sums over the tokens of the batch, which the optimizer divides as it reads them.
+        """
         for chunk in self._wrapped_for_training:
             for name, parameter in _unwrap(chunk).named_parameters():
                 if parameter.requires_grad:
