@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_megatron.backends.core import (
@@ -248,7 +249,9 @@ class T5Chunk(VocabularyLoss):
                 states = tensor_parallel.checkpoint(run, False, states, bias, context)
             else:
                 states = run(states, bias, context)
-        return states if stack.final_layernorm is None else stack.final_layernorm(states)
+        if stack.final_layernorm is None:
+            return states
+        return F.dropout(stack.final_layernorm(states), self.config.hidden_dropout, self.training)
 
     def _head(self, states: Tensor, labels: Tensor | None) -> Tensor:
         if self.model_config.scale_decoder_output:
