@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 HUNG = 70
 """``EX_SOFTWARE``: what a process exits with that cannot be freed."""
 _SHOWN = 16
+_DONE = "done"
 
 
 class HangError(RuntimeError):
@@ -50,10 +51,9 @@ class _Board:
         self._thread = threading.Thread(target=self._exchange, name="heartbeat", daemon=True)
         self._ended = threading.Event()
         self._lock = threading.Lock()
-        now = time.monotonic()
-        self.mine = Beat(0, 0, "starting")
-        self._known = dict.fromkeys(range(size), (self.mine, now))
-        self._answered = now
+        self._answered = time.monotonic()
+        self._mine = (Beat(0, 0, "starting"), self._answered)
+        self._known = dict.fromkeys(range(size), self._mine)
         self._trains = threading.get_ident()
 
     def start(self) -> None:
@@ -61,16 +61,23 @@ class _Board:
         self._post()
         self._thread.start()
 
-    def end(self) -> None:
+    def end(self, *, wait: bool = True) -> None:
         """Tell the last beat, and stop."""
         self._ended.set()
-        self._thread.join(2 * self._interval)
+        if wait:
+            self._thread.join(2 * self._interval)
+
+    def beat(self, step: int, doing: str) -> None:
+        """Note progress of this rank."""
+        self._mine = (Beat(self._mine[0].count + 1, step, doing), time.monotonic())
 
     def ages(self) -> dict[int, tuple[Beat, float]]:
         """The last beat of each rank, and the seconds since it was new."""
         now = time.monotonic()
+        beat, since = self._mine
+        mine = (Beat(beat.count, beat.step, beat.doing, _innermost(self._trains)), since)
         with self._lock:
-            known = dict(self._known)
+            known = self._known | {self._rank: mine}
         return {rank: (beat, now - since) for rank, (beat, since) in known.items()}
 
     @property
@@ -79,7 +86,7 @@ class _Board:
         return time.monotonic() - self._answered
 
     def _post(self) -> None:
-        beat = asdict(self.mine) | {"where": _innermost(self._trains)}
+        beat = asdict(self._mine[0]) | {"where": _innermost(self._trains)}
         self._store.set(f"beat/{self._rank}", json.dumps(beat))
 
     def _exchange(self) -> None:
@@ -164,27 +171,29 @@ class Heartbeat(pl.Callback):
 
     def _watch(self, board: _Board, ended: threading.Event) -> None:
         while not ended.wait(self.interval):
-            message = self._judge(board)
+            message = self._judge(board, self.timeout)
             if message is None:
                 continue
             self._verdict = message
             logger.error(message)
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
+            board.end(wait=False)
             abort_all()
             if not ended.wait(self.exit_after):
                 logger.error("This process could not be freed, and ends.")
                 os._exit(HUNG)
             return
 
-    def _judge(self, board: _Board) -> str | None:
-        if board.silence > self.timeout:
+    def _judge(self, board: _Board, limit: float) -> str | None:
+        ages = board.ages()
+        stuck = [rank for rank, (beat, age) in ages.items() if age > limit and beat.doing != _DONE]
+        if board.silence > limit:
             reason = f"Rank 0 has not answered for {board.silence:.0f} s."
+        elif stuck:
+            reason = f"No progress for more than {limit:g} s on rank {', '.join(map(str, stuck[:_SHOWN]))}."
         else:
-            stuck = [rank for rank, (beat, age) in board.ages().items() if age > self.timeout and not _is_over(beat)]
-            if not stuck:
-                return None
-            reason = f"No progress for more than {self.timeout:g} s on rank {', '.join(map(str, stuck[:_SHOWN]))}."
-        oldest_first = sorted(board.ages().items(), key=lambda item: -item[1][1])
+            return None
+        oldest_first = sorted(ages.items(), key=lambda item: -item[1][1])
         lines = [
             f"  rank {rank}: after step {beat.step}, {beat.doing} since {age:.1f} s, at {beat.where or 'no known line'}"
             for rank, (beat, age) in oldest_first[:_SHOWN]
@@ -194,7 +203,7 @@ class Heartbeat(pl.Callback):
 
     def _beat(self, trainer: pl.Trainer, doing: str) -> None:
         if self._board is not None:
-            self._board.mine = Beat(self._board.mine.count + 1, trainer.global_step, doing)
+            self._board.beat(trainer.global_step, doing)
 
     def _end(self, trainer: pl.Trainer, doing: str) -> None:
         if self._board is not None:
@@ -235,13 +244,10 @@ class Heartbeat(pl.Callback):
         Raises:
             HangError: it is.
         """
+        board, message = self._board, self._verdict
+        if message is None and board is not None and isinstance(exception, RuntimeError):
+            # A rank that has given up already has closed its connections to this one.
+            message = self._judge(board, self.timeout / 2)
         self._end(trainer, f"failed with {type(exception).__name__}")
-        if self._verdict is not None:
-            raise HangError(self._verdict) from exception
-
-
-_DONE = "done"
-
-
-def _is_over(beat: Beat) -> bool:
-    return beat.doing == _DONE
+        if message is not None:
+            raise HangError(message) from exception
