@@ -40,6 +40,9 @@ def t5_core_config(config: T5Config, context: BuildContext) -> CoreConfig:
         context,
         num_layers=config.num_layers + config.decoder_layers,
         softmax_scale=None if config.scale_attention else 1.0,
+        # What the scale of the output undoes. With small embeddings the tied logits would begin next to constant, and
+        # learn slowly.
+        embedding_init_method_std=1.0 if config.scale_decoder_output else None,
     )
     # Lets finalize_model_grads sum the gradients of the bias tables that every stage holds. megatron-core reads this
     # attribute, but does not declare it among the fields.
