@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightning_megatron.backends import core, rng
 from lightning_megatron.checkpoint.io import load, load_weights, snapshot
+from lightning_megatron.checkpoint.metadata import HasTokenizer
 from lightning_megatron.checkpoint.run_state import RunState
 from lightning_megatron.checkpoint.saver import CheckpointOptions, Saver
 from lightning_megatron.errors import LayoutError, ModuleError
@@ -126,6 +127,11 @@ class MegatronStrategy(DDPStrategy):
     def data_parallel_rank(self) -> int:
         """Which replica this rank belongs to."""
         return self.layout.coordinates(self.global_rank, self.world_size).data
+
+    @property
+    def has_data(self) -> bool:
+        """Whether batches on this rank hold data, not shapes alone as on middle pipeline stages."""
+        return self._replica is not None and self._replica.has_data
 
     @property
     def build_context(self) -> BuildContext:
@@ -416,10 +422,19 @@ class MegatronStrategy(DDPStrategy):
         with self.gathered_weights():
             state = self._run_state(with_optimizer="optimizer_states" in checkpoint)
             description = self.lightning_module.describe()
-            team = self._saver.team
-            read_back = self._checkpoint_options.read_back
+            trainer = self.lightning_module.trainer
+            data = trainer.datamodule if self.is_global_zero else None  # type: ignore[attr-defined]
             self._saver.save(
-                snapshot(Path(filepath), state, checkpoint, description, self.layout, team, read_back=read_back)
+                snapshot(
+                    Path(filepath),
+                    state,
+                    checkpoint,
+                    description,
+                    self.layout,
+                    self._saver.team,
+                    read_back=self._checkpoint_options.read_back,
+                    tokenizer=data.tokenizer_description if isinstance(data, HasTokenizer) else None,
+                )
             )
 
     @override
@@ -463,6 +478,11 @@ class MegatronStrategy(DDPStrategy):
         self._saver.remove(Path(filepath))
 
     @property
+    def saving_in_background(self) -> bool:
+        """Whether this rank is writing a checkpoint while training goes on."""
+        return self._checkpoint_saver is not None and self._checkpoint_saver.busy
+
+    @property
     def _saver(self) -> Saver:
         if self._checkpoint_saver is None:
             self._checkpoint_saver = Saver(self._checkpoint_options, self._timeout or timedelta(minutes=10))
@@ -481,9 +501,11 @@ class MegatronStrategy(DDPStrategy):
         lazily = self._ddp_options["overlap_param_gather"] and self._wrapped_for_training
         for chunk in self._wrapped_for_training if lazily else ():
             chunk.disable_forward_pre_hook(param_sync=True)
-        yield
-        for chunk in self._wrapped_for_training if lazily else ():
-            chunk.enable_forward_pre_hook()
+        try:
+            yield
+        finally:
+            for chunk in self._wrapped_for_training if lazily else ():
+                chunk.enable_forward_pre_hook()
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
