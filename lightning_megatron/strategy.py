@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, override
 
 import lightning.pytorch as pl
+import torch.distributed as dist
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -20,6 +21,7 @@ from torch import Tensor
 from lightning_megatron.auto import Choice, Devices, Work, choose
 from lightning_megatron.backends import core, rng
 from lightning_megatron.checkpoint.io import load, load_weights, snapshot
+from lightning_megatron.checkpoint.metadata import HasTokenizer
 from lightning_megatron.checkpoint.run_state import RunState
 from lightning_megatron.checkpoint.saver import CheckpointOptions, Saver
 from lightning_megatron.errors import LayoutError, ModuleError
@@ -145,6 +147,11 @@ class MegatronStrategy(DDPStrategy):
     def data_parallel_rank(self) -> int:
         """Which replica this rank belongs to."""
         return self.layout.coordinates(self.global_rank, self.world_size).data
+
+    @property
+    def has_data(self) -> bool:
+        """Whether batches on this rank hold data, not shapes alone as on middle pipeline stages."""
+        return self._replica is not None and self._replica.has_data
 
     @property
     def build_context(self) -> BuildContext:
@@ -417,7 +424,37 @@ class MegatronStrategy(DDPStrategy):
             self._window_tokens = num_tokens
             return
         self._window_tokens = None
-        core.finalize_model_grads(chunks, num_tokens, **kwargs)
+        if num_tokens is None or self._gradients_are_looked_at():
+            core.finalize_model_grads(chunks, num_tokens, **kwargs)
+            return
+        core.finalize_model_grads(chunks, None, **kwargs)
+        scale = 1.0 / self._over_all_ranks(num_tokens).clamp(min=1)
+        if not self.megatron_optimizer.scale_gradients(scale):
+            for chunk in chunks:
+                chunk.scale_gradients(scale)
+
+    def _gradients_are_looked_at(self) -> bool:
+        """Whether anyone may read gradients before the optimizer does, which can divide them while it reads them.
+
+        A callback that has such a hook but needs no values says so by ``reads_gradients = False``.
+        """
+        module = self.lightning_module
+        assert module is not None
+        hooks = ("on_after_backward", "on_before_optimizer_step")
+        return any(
+            getattr(type(hooked), hook) is not getattr(base, hook) and getattr(hooked, "reads_gradients", True)
+            for hooked, base in ((module, pl.LightningModule), *((c, pl.Callback) for c in module.trainer.callbacks))  # type: ignore[attr-defined]
+            for hook in hooks
+        )
+
+    def _over_all_ranks(self, num_tokens: Tensor) -> Tensor:
+        """Tokens of all replicas, on every rank, from those that the last pipeline stage has counted."""
+        groups = self.build_context.groups
+        if groups.pp.size() > 1:
+            dist.broadcast(num_tokens, group_src=groups.pp.size() - 1, group=groups.pp)
+        if groups.dp_cp.size() > 1:
+            dist.all_reduce(num_tokens, group=groups.dp_cp)
+        return num_tokens
 
     @override
     @contextmanager
@@ -430,7 +467,10 @@ class MegatronStrategy(DDPStrategy):
             self._more_to_accumulate = False
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Names in this rank's chunks and accumulated gradients, for callbacks before an optimizer step."""
+        """Names in this rank's chunks and gradients, for ``on_after_backward`` and ``on_before_optimizer_step``.
+
+        Elsewhere they may be sums over the tokens of the batch, which the optimizer divides as it reads them.
+        """
         for chunk in self._wrapped_for_training:
             for name, parameter in _unwrap(chunk).named_parameters():
                 if parameter.requires_grad:
@@ -464,10 +504,19 @@ class MegatronStrategy(DDPStrategy):
         with self.gathered_weights():
             state = self._run_state(with_optimizer="optimizer_states" in checkpoint)
             description = self.lightning_module.describe()
-            team = self._saver.team
-            read_back = self._checkpoint_options.read_back
+            trainer = self.lightning_module.trainer
+            data = trainer.datamodule if self.is_global_zero else None  # type: ignore[attr-defined]
             self._saver.save(
-                snapshot(Path(filepath), state, checkpoint, description, self.layout, team, read_back=read_back)
+                snapshot(
+                    Path(filepath),
+                    state,
+                    checkpoint,
+                    description,
+                    self.layout,
+                    self._saver.team,
+                    read_back=self._checkpoint_options.read_back,
+                    tokenizer=data.tokenizer_description if isinstance(data, HasTokenizer) else None,
+                )
             )
 
     @override
@@ -511,6 +560,11 @@ class MegatronStrategy(DDPStrategy):
         self._saver.remove(Path(filepath))
 
     @property
+    def saving_in_background(self) -> bool:
+        """Whether this rank is writing a checkpoint while training goes on."""
+        return self._checkpoint_saver is not None and self._checkpoint_saver.busy
+
+    @property
     def _saver(self) -> Saver:
         if self._checkpoint_saver is None:
             self._checkpoint_saver = Saver(self._checkpoint_options, self._timeout or timedelta(minutes=10))
@@ -529,9 +583,11 @@ class MegatronStrategy(DDPStrategy):
         lazily = self._ddp_options["overlap_param_gather"] and self._wrapped_for_training
         for chunk in self._wrapped_for_training if lazily else ():
             chunk.disable_forward_pre_hook(param_sync=True)
-        yield
-        for chunk in self._wrapped_for_training if lazily else ():
-            chunk.enable_forward_pre_hook()
+        try:
+            yield
+        finally:
+            for chunk in self._wrapped_for_training if lazily else ():
+                chunk.enable_forward_pre_hook()
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

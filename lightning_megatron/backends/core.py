@@ -90,7 +90,7 @@ with _quiet_import():
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.attention import CrossAttention, CrossAttentionSubmodules, SelfAttention
     from megatron.core.transformer.enums import AttnMaskType
-    from megatron.core.transformer.mlp import MLP
+    from megatron.core.transformer.mlp import MLP, MLPSubmodules
     from megatron.core.transformer.module import Float16Module, param_is_not_shared
     from megatron.core.transformer.module import MegatronModule as CoreModule
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
@@ -159,6 +159,7 @@ __all__ = [
     "LanguageModelEmbedding",
     "LanguageModule",
     "MLP",
+    "MLPSubmodules",
     "MegatronOptimizer",
     "ModelType",
     "ModuleSpec",

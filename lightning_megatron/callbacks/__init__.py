@@ -2,6 +2,7 @@
 
 from lightning_megatron.callbacks.experts import ExpertBalance
 from lightning_megatron.callbacks.health import NonFinite, NonFiniteError
+from lightning_megatron.callbacks.heartbeat import HangError, Heartbeat
 from lightning_megatron.callbacks.initial_weights import InitialWeights
 from lightning_megatron.callbacks.memory import MemoryByRank
 from lightning_megatron.callbacks.norms import Norms
@@ -12,6 +13,8 @@ from lightning_megatron.callbacks.throughput import Throughput
 
 __all__ = [
     "ExpertBalance",
+    "HangError",
+    "Heartbeat",
     "InitialWeights",
     "MemoryByRank",
     "NonFinite",

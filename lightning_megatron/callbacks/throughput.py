@@ -64,6 +64,8 @@ class Throughput(Callback):
         peak_flops: FLOP/s of one device, for the MFU of devices that are not in ``planner.ACCELERATORS``, such as CPUs.
     """
 
+    reads_gradients = False
+
     def __init__(self, window: int = 20, peak_flops: float | None = None) -> None:
         self._pending: deque[_Step] = deque()
         self._times: deque[_Times] = deque(maxlen=window)

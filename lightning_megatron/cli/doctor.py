@@ -156,6 +156,9 @@ def _examine(path: Path) -> bool:
     layout = ", ".join(f"{name}={value}" for name, value in metadata.layout.items() if value not in (None, False, 1))
     print(f"{path}: whole, {found.size / 2**20:.1f} MiB in {len(metadata.files)} files, all checksums match")
     print(f"  model      {metadata.model.get('module', '?')}, {found.parameters:,} elements in {found.weights} tensors")
+    if metadata.tokenizer:
+        print(f"  tokenizer  {metadata.tokenizer['class']} of {metadata.tokenizer['vocab_size']:,} tokens, "
+              f"{metadata.tokenizer['source'] or 'made in memory'}")  # fmt: skip
     print(f"  optimizer  {', '.join(found.optimizer) or 'none: weights only'}")
     print(f"  written on {metadata.world_size} ranks{', ' + layout if layout else ''}")
     print(f"  random     states of {found.random_states} ranks")

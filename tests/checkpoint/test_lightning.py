@@ -19,7 +19,7 @@ from lightning_megatron.checkpoint import CheckpointOptions, verify
 from lightning_megatron.checkpoint import saver as saver_module
 from lightning_megatron.errors import CheckpointError
 from tests.checkpoint.runs import Case, make_module, make_trainer, tensors, train
-from tests.helpers import Record, SharedLoader, plain_loader, quiet_trainer
+from tests.helpers import Record, SharedLoader, plain_loader, quiet_trainer, tiny_config
 from tests.ranks import RankPool
 
 TP2 = {"tensor_model_parallel_size": 2}
@@ -317,7 +317,31 @@ def test_nan(ranks: RankPool, policy: str, layout: dict, distributed: bool) -> N
     assert results[0] == results[1]
     error, skipped, finite = results[0]
     if policy == "raise":
-        assert "decoder.final_layernorm.weight" in error
-        assert "batch 1" in error or "samples [" in error
+        assert "The loss and the gradient of " in error
+        assert "decoder.final_layernorm.weight" + (" of stage 1" if layout else "") in error
+        assert f"in samples {list(range(8, 16))}" in error
     else:
         assert (skipped, finite) == (1, True)
+
+
+class _InfiniteLoss(lm.GPTModule):
+    """A loss that is infinite, while its gradients are not."""
+
+    def loss(self, output: torch.Tensor, microbatch: dict[str, Any]) -> lm.Loss:
+        loss = super().loss(output, microbatch)
+        return lm.Loss(loss.sum + float("inf"), loss.num_tokens)
+
+
+def _infinite() -> str:
+    module = _InfiniteLoss(tiny_config())
+    trainer = make_trainer(CASE, NonFinite(), max_steps=1, accumulate_grad_batches=2)
+    try:
+        trainer.fit(module, SharedLoader(module, length=160))
+    except NonFiniteError as error:
+        return str(error)
+    return ""
+
+
+def test_infinite_loss(ranks: RankPool) -> None:
+    for error in ranks.run(_infinite, 2):
+        assert error == f"The loss is not finite in samples {list(range(16))}."

@@ -19,11 +19,27 @@ OPTIONS = [
 ]
 
 
+NEEDS = {
+    ("data", "finetuning"): ["data.train_path=examples.jsonl", "data.tokenizer=tokenizer"],
+    ("data", "huggingface"): ["data.dataset=texts", "data.tokenizer=tokenizer"],
+    ("callbacks", "finetuning"): [DATA, "callbacks.initial_weights.checkpoint=last.ckpt"],
+}
+"""What an option needs beside itself."""
+
+
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_shipped_option_composes_and_instantiates(group: str, option: str) -> None:
-    config = compose("pretrain", [f"{group}={option}", DATA])
-    if group in ("model", "parallel", "optim", "precision"):
+    config = compose("pretrain", [f"{group}={option}", *NEEDS.get((group, option), [DATA])])
+    if group in ("model", "parallel", "optim", "precision", "data", "callbacks"):
         assert instantiate(config[group]) is not None
+
+
+@pytest.mark.parametrize("option", ["finetuning", "huggingface"])
+def test_data_of_other_kinds_takes_only_its_own_fields(option: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"'data\.global_batch'. Did you mean 'data.global_batch_size'"):
+        compose("pretrain", [f"data={option}", *NEEDS["data", option], "data.global_batch=3"])
+    with pytest.raises(ConfigurationError, match="has no value"):
+        compose("pretrain", [f"data={option}"])
 
 
 def test_every_field_of_the_dataclasses_is_in_the_configuration() -> None:

@@ -9,16 +9,12 @@ import pytest
 import torch
 
 import lightning_megatron as lm
-from lightning_megatron.compat.train_step import (
+from lightning_megatron.compat import (
     BertTrainStep,
     GPTTrainStep,
     T5TrainStep,
     TrainStepModule,
     avg_losses_across_data_parallel_group,
-)
-from lightning_megatron.models.collectives import (
-    average_losses_across_data_parallel_group,
-    gather_across_data_parallel_groups,
 )
 from tests.models import test_bert, test_t5
 from tests.models.runs import Batch, assert_same, fit
@@ -137,8 +133,8 @@ class Helpers(lm.GPTModule):
 
     def loss(self, output: torch.Tensor, microbatch: Batch) -> lm.Loss:
         loss = super().loss(output, microbatch)
-        mean = average_losses_across_data_parallel_group([output.mean()])
-        gathered = gather_across_data_parallel_groups({"mean": output.detach().mean(), "rows": [output.detach()]})
+        mean = lm.average_losses_across_data_parallel_group([output.mean()])
+        gathered = lm.gather_across_data_parallel_groups({"mean": output.detach().mean(), "rows": [output.detach()]})
         assert gathered["mean"].shape == (2,)
         assert gathered["rows"][0].shape == (4, output.size(1))
         return lm.Loss(loss.sum, loss.num_tokens, {"mean": mean[0], "same": gathered["mean"].mean()})
