@@ -29,7 +29,7 @@ SMALLER = (
     ("global_batch_size=512", "global_batch_size=8"),
     ("L.Trainer(", 'L.Trainer(accelerator="cpu", enable_progress_bar=False, '),
     ("lightning-megatron pretrain", "lightning-megatron pretrain trainer.accelerator=cpu"),
-    ("lightning-megatron doctor", "lightning-megatron doctor --accelerator cpu"),
+    ("lightning-megatron doctor", "lightning-megatron doctor --accelerator cpu --timeout 200"),
     ("pretrain.py", "pretrain.py trainer.accelerator=cpu"),
 )
 
