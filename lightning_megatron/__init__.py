@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lightning_megatron.models.config import T5Config as T5Config
     from lightning_megatron.models.gpt_module import GPTModule as GPTModule
     from lightning_megatron.models.t5_module import T5Module as T5Module
+    from lightning_megatron.models.registry import from_pretrained as from_pretrained
     from lightning_megatron.module import MegatronModule as MegatronModule
     from lightning_megatron.optim.config import OptimizerConfig as OptimizerConfig
     from lightning_megatron.precision import LossScaling as LossScaling
@@ -57,6 +58,7 @@ _HOMES = {
     "ParallelLayout": "layout",
     "T5Config": "models.config",
     "T5Module": "models.t5_module",
+    "from_pretrained": "models.registry",
 }
 _SUBPACKAGES = ("callbacks", "data", "generation", "planner")
 

@@ -95,6 +95,9 @@ class MegatronModule(pl.LightningModule):
         """What a checkpoint tells about this model, in types that JSON has."""
         return {"module": type(self).__name__}
 
+    def fill_new_chunks(self) -> None:
+        """Called once on each rank, when :attr:`chunks` have their initial weights: put others in their place."""
+
     # ---------------------------------------------------------------------- Lightning's hooks
 
     @property
@@ -132,6 +135,8 @@ class MegatronModule(pl.LightningModule):
             self.chunks = torch.nn.ModuleList(self.build_chunks(context))
         if weights is not None:
             self.chunks.load_state_dict(weights)
+        else:
+            self.fill_new_chunks()
         self._built_in = context
 
     @override

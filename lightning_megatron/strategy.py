@@ -19,6 +19,7 @@ from lightning_megatron.backends import core, rng
 from lightning_megatron.checkpoint.io import load, load_weights, snapshot
 from lightning_megatron.checkpoint.run_state import RunState
 from lightning_megatron.checkpoint.saver import CheckpointOptions, Saver
+from lightning_megatron.checkpoint.together import Team
 from lightning_megatron.errors import LayoutError, ModuleError
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.models.transformer_config import BuildContext
@@ -430,6 +431,11 @@ class MegatronStrategy(DDPStrategy):
     @override
     def remove_checkpoint(self, filepath: Any) -> None:
         self._saver.remove(Path(filepath))
+
+    @property
+    def team(self) -> Team:
+        """All ranks, over a gloo group. Every rank asks for it first at the same time."""
+        return self._saver.team
 
     @property
     def _saver(self) -> Saver:
