@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from lightning_megatron.models.config import GPTConfig as GPTConfig
     from lightning_megatron.models.config import T5Config as T5Config
     from lightning_megatron.models.gpt_module import GPTModule as GPTModule
-    from lightning_megatron.models.t5_module import T5Module as T5Module
     from lightning_megatron.models.registry import from_pretrained as from_pretrained
+    from lightning_megatron.models.t5_module import T5Module as T5Module
     from lightning_megatron.module import MegatronModule as MegatronModule
     from lightning_megatron.optim.config import OptimizerConfig as OptimizerConfig
     from lightning_megatron.precision import LossScaling as LossScaling

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from lightning_megatron.errors import CheckpointError
@@ -215,7 +214,7 @@ class Rule:
     layers: int | None = None
     """How many layers have it; ``None`` if the names have no number."""
     optional: bool = False
-    """Whether a model of theirs may lack it, such as a head that fine-tuning adds. It then keeps its initial weights."""
+    """Whether a model of theirs may lack it, as a head that fine-tuning adds. It then keeps its initial weights."""
 
     def expand(self) -> Iterator[tuple[str, tuple[str, ...]]]:
         """Our name and theirs, for each layer."""

@@ -98,7 +98,8 @@ class LanguageModelModule(MegatronModule):
                 f"{path} holds a {opened.architecture.model_type}, which {cls.__name__} cannot be. Use "
                 f"{kind}Module.from_pretrained, or lightning_megatron.from_pretrained."
             )
-        module = cls(opened.config, optimizer, return_logits=return_logits)  # type: ignore[call-arg, arg-type]
+        build: Any = cls  # a class of GPT's, BERT's or T5's, whose constructors begin with the configuration
+        module: Self = build(opened.config, optimizer, return_logits=return_logits)
         module.pretrained = opened
         return module
 

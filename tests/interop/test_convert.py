@@ -1,0 +1,107 @@
+"""Whole checkpoints from format to format: no bit is lost, and each format is what its readers expect."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lightning_megatron as lm
+from lightning_megatron.interop.convert import Conversion, convert, open_model
+from lightning_megatron.interop.core_names import partition_dim, stored_name
+from lightning_megatron.interop.hugging_face import HuggingFaceDirectory
+from lightning_megatron.interop.megatron_args import to_args
+from tests.interop import stock, tiny
+
+
+def step(source: Path, target: Path, to: Any, **options: Any) -> Path:
+    """Convert, and return the target."""
+    convert(Conversion(load_path=source, save_path=target, to=to, **options))
+    return target
+
+
+def assert_same_directory(one: Path, other: Path) -> None:
+    """The same configuration and, bit for bit, the same tensors."""
+    expected, found = open_model(one), open_model(other)
+    assert found.specs == expected.specs
+    for name in expected.specs:
+        assert torch.equal(found.read(name), expected.read(name)), name
+    ours, theirs = (json.loads((path / "config.json").read_text()) for path in (other, one))
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("name", tiny.MODELS)
+def test_all_the_way_round(name: str, tmp_path: Path) -> None:
+    """Hugging Face -> files of TP2 x PP2 -> ours -> torch_dist -> Hugging Face, at other paddings of the vocabulary."""
+    tiny.save(name, tmp_path / "a")
+    at = tmp_path / "a"
+    post_norm = name.startswith("bert")
+    if not post_norm:
+        sizes = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 1 if "t5" in name else 2}
+        at = step(at, tmp_path / "b", "megatron-legacy", make_vocab_size_divisible_by=4, **sizes)
+    at = step(at, tmp_path / "c", "lightning", tensor_model_parallel_size=2)
+    assert open_model(at).specs["embedding.word_embeddings.weight"].shape[0] == (256 if post_norm else 96)
+    if not post_norm:
+        at = step(at, tmp_path / "d", "megatron", make_vocab_size_divisible_by=64)
+    step(at, tmp_path / "e", "huggingface", max_shard_size="20KB")
+    assert_same_directory(tmp_path / "a", tmp_path / "e")
+    assert len(list((tmp_path / "e").glob("*.safetensors"))) > 2
+    model = tiny.build(name)
+    again = type(model).from_pretrained(tmp_path / "e")
+    assert torch.equal(tiny.outputs(again, tiny.batch(name))[1], tiny.outputs(model, tiny.batch(name))[1])
+
+
+KINDS = {"gpt2": "gpt", "llama": "gpt", "qwen2": "gpt", "megatron_bert": "bert", "t5": "t5"}
+
+
+@pytest.mark.parametrize("name", ["llama", "megatron_bert", "t5", pytest.param("gpt2", marks=pytest.mark.slow)])
+def test_megatron_core_loads_torch_dist(ranks: Any, name: str, tmp_path: Path) -> None:
+    """Its own model takes every tensor of ours, at TP2: what it holds is a slice of what we wrote."""
+    tiny.save(name, tmp_path / "theirs")
+    options = {"tensor_model_parallel_size": 2, "make_vocab_size_divisible_by": 4}
+    step(tmp_path / "theirs", tmp_path / "core", "megatron", **options)
+    assert (tmp_path / "core" / "latest_checkpointed_iteration.txt").read_text() == "0"
+    directory = tmp_path / "core" / "iter_0000000"
+    args = torch.load(directory / "common.pt", weights_only=False)["args"]
+    held = ranks.run(stock.load, 2, KINDS[name], args, str(directory), 2, 1)
+    whole = open_model(tmp_path / "core")
+    for core in whole.specs:
+        stored = stored_name(core, megatron=True, relative_positions=name == "t5")
+        if stored not in held[0]:  # its local layers have norms of their own
+            stored = core if core in held[0] else stored_name(core, megatron=False)
+        dim = partition_dim(core)
+        parts = [rank[stored] for rank in held]
+        if dim is None:
+            joined = parts[0]
+        elif "linear_fc1" in core and name == "llama":
+            joined = torch.cat([part.chunk(2)[half] for half in (0, 1) for part in parts])
+        else:
+            joined = torch.cat(parts, dim=dim)
+        assert torch.equal(joined, whole.read(core)), core
+
+
+@pytest.mark.parametrize(("name", "layout"), [("qwen2", (2, 1)), ("gpt2", (1, 2)), ("megatron_bert", (2, 2))])
+def test_what_megatron_core_saved(ranks: Any, name: str, layout: tuple[int, int], tmp_path: Path) -> None:
+    """A stock checkpoint, of whose arguments only Megatron-LM's are left, has a place in Hugging Face."""
+    identity = HuggingFaceDirectory.open(_saved(name, tmp_path / "theirs"), make_vocab_size_divisible_by=4).identity
+    args = to_args(identity, lm.ParallelLayout(), data_parallel_size=1, dtype=torch.float32)
+    del args.lightning_megatron
+    logits = ranks.run(stock.save, layout[0] * layout[1], KINDS[name], args, str(tmp_path / "iter_0000007"), *layout)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
+    model = open_model(tmp_path)
+    assert model.identity.config.as_dict() == identity.config.as_dict()
+    assert model.identity.iteration == 7
+    step(tmp_path, tmp_path / "back", "huggingface")
+    if logits[0] is not None:
+        again = type(tiny.build(name)).from_pretrained(tmp_path / "back")
+        with torch.no_grad():
+            found = again(torch.arange(8)[None]).logits
+        torch.testing.assert_close(found, logits[0][..., : tiny.VOCAB], atol=2e-5, rtol=0)
+
+
+def _saved(name: str, path: Path) -> Path:
+    tiny.save(name, path)
+    return path
