@@ -100,7 +100,7 @@ def convert(job: Conversion) -> CoreModel:
                 writer.put(entry, source.read(entry.core))
     elif job.to == "lightning":
         target = _target(job, source, job.save_path)
-        write_ours(target, _tensors(job, source))
+        write_ours(target, source.read, lambda names: _progress(job, names))
     else:
         _write_iteration(job, source)
     return source.model
@@ -122,11 +122,12 @@ def _write_iteration(job: Conversion, source: _Prepared) -> None:
     try:
         if job.to == "megatron":
             name = f"iter_{source.identity.iteration:07d}"
-            write_megatron(_target(job, source, partial / name), _tensors(job, source), args)
+            target = _target(job, source, partial / name)
+            write_megatron(target, source.read, args, lambda names: _progress(job, names))
             tracked = str(source.identity.iteration)
         else:
             name = tracked = "release"
-            target = legacy.LegacyTarget(
+            files_of_ranks = legacy.LegacyTarget(
                 partial / name,
                 source.identity,
                 job.layout,
@@ -135,7 +136,7 @@ def _write_iteration(job: Conversion, source: _Prepared) -> None:
                 source.specs,
             )
             files = job.layout.tensor_model_parallel_size * job.layout.pipeline_model_parallel_size
-            for _ in _progress(job, legacy.write(target, source.read, args), files):
+            for _ in _progress(job, legacy.write(files_of_ranks, source.read, args), files):
                 pass
         (partial / TRACKER).write_text(tracked)
         publish(partial, job.save_path)
@@ -146,11 +147,6 @@ def _write_iteration(job: Conversion, source: _Prepared) -> None:
 def _target(job: Conversion, source: _Prepared, path: Path) -> Target:
     world = job.layout.model_parallel_size * job.data_parallel_size
     return Target(path, source.identity, job.layout, world, source.specs)
-
-
-def _tensors(job: Conversion, source: _Prepared) -> Iterator[Tensor]:
-    for name in _progress(job, list(source.specs)):
-        yield source.read(name)
 
 
 def _progress[T](job: Conversion, steps: Iterable[T], total: int | None = None) -> Iterable[T]:

@@ -9,6 +9,7 @@ import types
 import zipfile
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +43,19 @@ class Inert:
         return f"<{self.name}>"
 
 
-def load(path: Path) -> Any:
+def load(path: Path, data: bytes | None = None) -> Any:
     """What a file of ``torch.save`` holds, its tensors mapped where the file's format allows.
+
+    Args:
+        data: the file's contents, if it is a part of the one at ``path``.
 
     Raises:
         CheckpointError: the file is cut short or damaged, or holds objects of classes that are not on the list of those
             that Megatron-LM writes: such a file could run any code. None of it was run.
     """
     try:
-        zipped = zipfile.is_zipfile(path)
-        wanted = sorted(set(_globals(path, zipped)))
+        zipped = zipfile.is_zipfile(path if data is None else BytesIO(data))
+        wanted = sorted(set(_globals(path if data is None else BytesIO(data), zipped)))
     except (OSError, ValueError, EOFError, IndexError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         raise CheckpointError(_damaged(path, error)) from error
     allowed: list[Any] = []
@@ -70,6 +74,8 @@ def load(path: Path) -> Any:
             )
     try:
         with torch.serialization.safe_globals(allowed):
+            if data is not None:
+                return torch.load(BytesIO(data), map_location="cpu", weights_only=True)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} was not loaded: {str(error).splitlines()[0]}") from error
@@ -87,17 +93,17 @@ def _torch_loads(module: str) -> bool:
     return module.split(".", maxsplit=1)[0] in ("torch", "collections", "_codecs", "copyreg")
 
 
-def _globals(path: Path, zipped: bool) -> Iterator[str]:
+def _globals(source: Path | BytesIO, zipped: bool) -> Iterator[str]:
     """``module name`` of everything that unpickling would import. Nothing is unpickled."""
     if zipped:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(source) as archive:
             names = [name for name in archive.namelist() if name.endswith("data.pkl")]
             if not names:
                 raise ValueError("there is no data.pkl in the archive")
             with archive.open(names[0]) as file:
                 yield from _globals_of(pickletools.genops(file))
         return
-    with open(path, "rb") as file:
+    with source if isinstance(source, BytesIO) else open(source, "rb") as file:
         for _ in range(5):  # magic number, version, system, the object itself, keys of storages
             yield from _globals_of(pickletools.genops(file))
 

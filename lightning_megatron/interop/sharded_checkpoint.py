@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from lightning_megatron.checkpoint.io import Snapshot, pickled
 from lightning_megatron.checkpoint.metadata import CheckpointMetadata, versions
 from lightning_megatron.checkpoint.publish import partial_path, publish, remove
 from lightning_megatron.checkpoint.run_state import MASTER
-from lightning_megatron.checkpoint.shard_files import Outline, ShardFiles, write_index
+from lightning_megatron.checkpoint.shard_files import Outline, ShardFiles, StoredObject, write_index
 from lightning_megatron.checkpoint.summed_file import write_file
 from lightning_megatron.checkpoint.together import Alone
 from lightning_megatron.errors import CheckpointError
@@ -28,6 +28,14 @@ from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.models.config import T5Config, TransformerModelConfig
 
 COMMON_FILE = "common.pt"
+COMMON_OBJECT = "common_state/shard_0_1"
+"""Where recent versions keep what was in that file."""
+
+_LINEAR = (
+    *("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention"),
+    *("cross_attention.linear_q", "cross_attention.linear_kv", "cross_attention.linear_proj"),
+    *("cross_attention.core_attention", "mlp.linear_fc1", "mlp.linear_fc2"),
+)
 
 
 @dataclass(frozen=True)
@@ -72,10 +80,13 @@ class ShardedCheckpoint:
         Raises:
             CheckpointError: no readable index, no arguments, or a model that this package does not have.
         """
-        common = safe_pickle.load(path / COMMON_FILE) if (path / COMMON_FILE).is_file() else {}
+        common = _common(path)
 
         def identify(specs: Mapping[str, CoreSpec]) -> Identity:
-            return Identity(config) if config else from_args(common.get("args"), specs, vocab_size, path / COMMON_FILE)
+            if config is not None:
+                return Identity(config)
+            identity = from_args(common.get("args"), specs, vocab_size, path)
+            return replace(identity, iteration=int(common.get("iteration") or 0))
 
         return cls._open(path, False, identify)
 
@@ -117,7 +128,22 @@ class ShardedCheckpoint:
         return into if layer is None else into[0]
 
 
+def _common(path: Path) -> dict[str, Any]:
+    """What ranks have in common: the arguments, the iteration."""
+    if (path / COMMON_FILE).is_file():
+        found = safe_pickle.load(path / COMMON_FILE)
+    else:
+        files = ShardFiles.open(path)
+        if COMMON_OBJECT not in files.objects:
+            return {}
+        found = safe_pickle.load(path / files.objects[COMMON_OBJECT].file, files.object_bytes(COMMON_OBJECT))[0]
+    return found if isinstance(found, dict) else {}
+
+
 # ---------------------------------------------------------------------------------------------------------- writing
+
+
+Steps = Callable[[list[Any]], Iterable[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +158,12 @@ class Target:
     """All tensors, vocabularies padded, in the order in which they come."""
 
 
-def write_ours(target: Target, tensors: Iterable[Tensor]) -> None:
+def write_ours(target: Target, read: Callable[[str], Tensor], steps: Steps = iter) -> None:
     """A checkpoint of this package with the weights alone, as ``trainer.fit(..., ckpt_path=...)`` and
-    :class:`~lightning_megatron.callbacks.InitialWeights` load it. ``tensors`` are taken one at a time.
+    :class:`~lightning_megatron.callbacks.InitialWeights` load it. Tensors are read one at a time.
+
+    Args:
+        steps: goes through the tensors, showing how far.
 
     Raises:
         CheckpointError: writing failed.
@@ -154,11 +183,17 @@ def write_ours(target: Target, tensors: Iterable[Tensor]) -> None:
     }
     metadata = CheckpointMetadata(model, target.layout.as_dict(), target.world_size, versions())
     outlines = list(_outlines(target, megatron=False))
-    Snapshot(target.path, tensors, [outlines], pickled(trainer), metadata).write(Alone())
+    stored = [outline for _, outline in outlines]
+    Snapshot(target.path, _read(read, steps(outlines)), [stored], pickled(trainer), metadata).write(Alone())
 
 
-def write_megatron(target: Target, tensors: Iterable[Tensor], args: argparse.Namespace) -> None:
+def write_megatron(
+    target: Target, read: Callable[[str], Tensor], args: argparse.Namespace, steps: Steps = iter
+) -> None:
     """The directory of one iteration, in Megatron-LM's format ``torch_dist``.
+
+    Args:
+        steps: goes through the tensors, showing how far.
 
     Raises:
         CheckpointError: writing failed.
@@ -166,26 +201,47 @@ def write_megatron(target: Target, tensors: Iterable[Tensor], args: argparse.Nam
     partial = partial_path(target.path)
     remove(partial)
     partial.mkdir(parents=True)
-    written = write_file(partial / "__0_0.distcp", tensors)
-    write_index(partial, [(written, list(_outlines(target, megatron=True)))])
+    outlines = list(_outlines(target, megatron=True))
+    written = write_file(partial / "__0_0.distcp", _read(read, steps(outlines)))
+    objects = _write_remarks(partial / "__0_1.distcp", target.specs)
+    write_index(partial, [(written, [outline for _, outline in outlines])], objects)
     common = {"args": args, "checkpoint_version": 3.0, "iteration": target.identity.iteration}
     torch.save(common, partial / COMMON_FILE)
     ShardFiles.open(partial)
     publish(partial, target.path)
 
 
-def _outlines(target: Target, *, megatron: bool) -> Iterator[Outline]:
+def _read(read: Callable[[str], Tensor], outlines: Iterable[tuple[str, Outline]]) -> Iterator[Tensor]:
+    for core, outline in outlines:
+        yield read(core).reshape(outline.box.sizes)  # a layer of all of them
+
+
+def _write_remarks(file: Path, specs: Mapping[str, CoreSpec]) -> dict[str, StoredObject]:
+    """Megatron-LM's linear layers and norms have remarks of TransformerEngine's, which it misses if they are not there.
+    These say nothing, as those of layers without TransformerEngine do."""
+    keys = [f"{name}._extra_state/shard_0_1" for name in ("output_layer", "lm_head.output_layer")]
+    for stack, count in _layers(specs).items():
+        keys += [f"{stack}.{module}._extra_state/shard_{n}_{count}" for module in _LINEAR for n in range(count)]
+        keys.append(f"{stack.removesuffix('.layers')}.final_layernorm._extra_state/shard_0_1")
+    torch.save([None], file)
+    return {key: StoredObject(file.name, 0, file.stat().st_size) for key in keys}
+
+
+def _outlines(target: Target, *, megatron: bool) -> Iterator[tuple[str, Outline]]:
+    """Our name and what is stored, for each tensor that is."""
     relative = isinstance(target.identity.config, T5Config)
     layers = _layers(target.specs)
     for core, (shape, dtype) in target.specs.items():
         name = stored_name(core, megatron=megatron, relative_positions=relative)
         zeros = (0,) * len(shape)
         if (parts := numbered(name)) is None:
-            yield Outline(name, shape, Box(zeros, shape), dtype)
+            yield core, Outline(name, shape, Box(zeros, shape), dtype)
+            if name != core and core.startswith("output_layer."):
+                yield core, Outline(core, shape, Box(zeros, shape), dtype)  # a T5 of Megatron-LM's has two names for it
         else:
             stack, layer, rest = parts
             box = Box((layer, *zeros), (1, *shape))
-            yield Outline(f"{stack}.{rest}", (layers[stack], *shape), box, dtype)
+            yield core, Outline(f"{stack}.{rest}", (layers[stack], *shape), box, dtype)
 
 
 def _layers(specs: Mapping[str, CoreSpec]) -> dict[str, int]:

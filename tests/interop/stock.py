@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ def build(kind: str, args: Any, tensor: int, pipeline: int) -> Any:
         get_t5_decoder_with_local_block_spec,
         get_t5_encoder_with_local_block_spec,
     )
+
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     _groups(tensor, pipeline)
     state = core.parallel_state
@@ -75,11 +78,14 @@ def build(kind: str, args: Any, tensor: int, pipeline: int) -> Any:
             add_binary_head=args.bert_binary_head,
             **stages,
         ).eval()
+    encoder = get_t5_encoder_with_local_block_spec(args.num_layers)
+    decoder = get_t5_decoder_with_local_block_spec(args.decoder_num_layers)
+    encoder.layer_norm = decoder.layer_norm = WrappedTorchNorm  # which is nothing without TransformerEngine
     return T5Model(
         config,
         config,
-        get_t5_encoder_with_local_block_spec(args.num_layers),
-        get_t5_decoder_with_local_block_spec(args.decoder_num_layers),
+        encoder,
+        decoder,
         args.padded_vocab_size,
         args.max_position_embeddings,
         position_embedding_type="relative",
@@ -99,6 +105,9 @@ def load(kind: str, args: Any, directory: str, tensor: int, pipeline: int) -> di
 
 def save(kind: str, args: Any, directory: str, tensor: int, pipeline: int) -> Any:
     """Save a model of random weights as Megatron-LM does; logits of a GPT on one stage, or ``None``."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._results_queue = queue.Queue()  # else a process is spawned, which imports everything
     model = build(kind, args, tensor, pipeline)
     for parameter in model.parameters():
         if parameter.dim() == 1:

@@ -92,7 +92,8 @@ def test_what_megatron_core_saved(ranks: Any, name: str, layout: tuple[int, int]
     logits = ranks.run(stock.save, layout[0] * layout[1], KINDS[name], args, str(tmp_path / "iter_0000007"), *layout)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
     model = open_model(tmp_path)
-    assert model.identity.config.as_dict() == identity.config.as_dict()
+    expected = identity.config.replace(kv_channels=identity.config.head_size)
+    assert model.identity.config.as_dict() == expected.as_dict()
     assert model.identity.iteration == 7
     step(tmp_path, tmp_path / "back", "huggingface")
     if logits[0] is not None:
