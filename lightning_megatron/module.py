@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, override
 
 import lightning.pytorch as pl
@@ -40,6 +41,9 @@ class MegatronModule(pl.LightningModule):
 
     data_on_every_stage = False
     """Whether middle pipeline stages need the batch too, as models with a padding mask in each layer do."""
+
+    draws_initial_weights = True
+    """Whether chunks need initial weights; not if :meth:`fill_new_chunks` gives all of them."""
 
     def __init__(self, optimizer: OptimizerConfig | None = None) -> None:
         super().__init__()
@@ -132,7 +136,8 @@ class MegatronModule(pl.LightningModule):
                 )
             weights = self.chunks.state_dict()
         with torch.random.fork_rng(devices=()):  # initial weights leave the generators of dropout and data alone
-            self.chunks = torch.nn.ModuleList(self.build_chunks(context))
+            drawn = replace(context, perform_initialization=weights is None and self.draws_initial_weights)
+            self.chunks = torch.nn.ModuleList(self.build_chunks(drawn))
         if weights is not None:
             self.chunks.load_state_dict(weights)
         else:

@@ -12,7 +12,7 @@ formats, of which the one of --load-path is found out:
   huggingface       config.json and safetensors: GPT-2, Llama, Mistral, Qwen2, Megatron-BERT, BERT, T5, mT5
   megatron          Megatron-LM's torch_dist, iter_0000000/ with .metadata; any layout loads it
   megatron-legacy   Megatron-LM's iter_0000000|release/mp_rank_TT[_PPP]/model_optim_rng.pt, at any layout
-  lightning         this package's checkpoint, as trainer.fit(..., ckpt_path=...) loads it at any layout
+  lightning         this package's checkpoint, weights alone, which any layout loads
 
 examples:
   lightning-megatron convert --load-path gpt2/ --save-path gpt2-megatron/ --to megatron-legacy \\

@@ -215,9 +215,10 @@ class HuggingFaceWriter:
             for entry in self.entries
             for name, shape in zip(entry.theirs, entry.transform.shapes(specs[entry.core].shape), strict=True)
         ]
+        most = parse_size(options.max_shard_size)
         remove(self._partial)
         self._partial.mkdir(parents=True)
-        self._tensors = SafetensorsWriter(self._partial, planned, parse_size(options.max_shard_size))
+        self._tensors = SafetensorsWriter(self._partial, planned, most)
         self._dtype = planned[0].dtype
 
     def __enter__(self) -> HuggingFaceWriter:

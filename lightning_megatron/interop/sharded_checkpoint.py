@@ -159,8 +159,8 @@ class Target:
 
 
 def write_ours(target: Target, read: Callable[[str], Tensor], steps: Steps = iter) -> None:
-    """A checkpoint of this package with the weights alone, as ``trainer.fit(..., ckpt_path=...)`` and
-    :class:`~lightning_megatron.callbacks.InitialWeights` load it. Tensors are read one at a time.
+    """A checkpoint of this package with the weights alone, which validate, test and predict take as ``ckpt_path`` and
+    :class:`~lightning_megatron.callbacks.InitialWeights` begins a fit with. Tensors are read one at a time.
 
     Args:
         steps: goes through the tensors, showing how far.
@@ -179,7 +179,6 @@ def write_ours(target: Target, read: Callable[[str], Tensor], steps: Steps = ite
         "epoch": 0,
         "global_step": identity.iteration,
         "state_dict": {},
-        "loops": {},
     }
     metadata = CheckpointMetadata(model, target.layout.as_dict(), target.world_size, versions())
     outlines = list(_outlines(target, megatron=False))

@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_megatron.backends.core import (
     CoreModule,
     LanguageModelEmbedding,
+    LanguageModule,
     ModelType,
     RotaryEmbedding,
     TransformerBlock,
@@ -74,8 +75,8 @@ class BertChunk(VocabularyLoss):
         super().__init__(config=core_config, pg_collection=context.groups)
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process, self.vp_stage = stage.pre_process, stage.post_process, stage.vp_stage
-        # A head of fine-tuning has no vocabulary.
-        tied = config.share_embeddings_and_output_weights and config.num_labels is None
+        self._has_vocabulary = config.num_labels is None  # a head of fine-tuning has none
+        tied = config.share_embeddings_and_output_weights and self._has_vocabulary
         self.share_embeddings_and_output_weights = tied
         self.has_tokentypes = config.num_tokentypes > 0
         padded = config.padded_vocab_size(context.layout.tensor_model_parallel_size)
@@ -141,6 +142,15 @@ class BertChunk(VocabularyLoss):
             skip_weight_param_allocation=self.pre_process and self.share_embeddings_and_output_weights,
             tp_group=context.groups.tp,
         )
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """As megatron-core's language models, unless there is no output layer to tie or to pad."""
+        if self._has_vocabulary:
+            return super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        metadata = {"dp_cp_group": self.pg_collection.dp_cp, **(metadata or {})}
+        return super(LanguageModule, self).sharded_state_dict(prefix, sharded_offsets, metadata)
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Called by the schedule with what the stage before sent."""

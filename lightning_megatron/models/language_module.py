@@ -100,7 +100,7 @@ class LanguageModelModule(MegatronModule):
             )
         build: Any = cls  # a class of GPT's, BERT's or T5's, whose constructors begin with the configuration
         module: Self = build(opened.config, optimizer, return_logits=return_logits)
-        module.pretrained = opened
+        module.pretrained, module.draws_initial_weights = opened, False
         return module
 
     def save_pretrained(

@@ -29,7 +29,6 @@ def build(kind: str, args: Any, tensor: int, pipeline: int) -> Any:
         get_t5_decoder_with_local_block_spec,
         get_t5_encoder_with_local_block_spec,
     )
-
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     _groups(tensor, pipeline)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,15 @@ import pytest
 import torch
 
 import lightning_megatron as lm
+from lightning_megatron.checkpoint import verify
 from lightning_megatron.interop.convert import Conversion, convert, open_model
 from lightning_megatron.interop.core_names import partition_dim, stored_name
 from lightning_megatron.interop.hugging_face import HuggingFaceDirectory
 from lightning_megatron.interop.megatron_args import to_args
+from lightning_megatron.models.registry import module_for
+from tests.helpers import quiet_trainer
 from tests.interop import stock, tiny
+from tests.models.runs import Shared, strategy
 
 
 def step(source: Path, target: Path, to: Any, **options: Any) -> Path:
@@ -105,4 +110,92 @@ def test_what_megatron_core_saved(ranks: Any, name: str, layout: tuple[int, int]
 
 def _saved(name: str, path: Path) -> Path:
     tiny.save(name, path)
+    return path
+
+
+def _fit_and_save(path: str, layout: dict[str, Any], batch: Any, save: str, precision: str) -> None:
+    module = lm.from_pretrained(path, lm.OptimizerConfig(lr=1e-2), make_vocab_size_divisible_by=4)
+    trainer = quiet_trainer(strategy(**layout), 4, max_steps=1, precision=precision)
+    trainer.fit(module, Shared(module, batch, 1))
+    trainer.save_checkpoint(save)
+    module.save_pretrained(f"{save}.gathered")
+
+
+@pytest.mark.parametrize(("name", "precision"), [("qwen2", "bf16-mixed"), ("t5_v1_1", "32-true")])
+def test_our_checkpoint_without_its_ranks(ranks: Any, name: str, precision: str, tmp_path: Path) -> None:
+    """Trained and saved at TP2 x PP2, the checkpoint alone gives what the ranks together give."""
+    tiny.save(name, tmp_path / "theirs")
+    batch, layout = tiny.batch(name), {"tp": 2, "pp": 2}
+    saved = str(tmp_path / "ckpt")
+    ranks.run(_fit_and_save, 4, str(tmp_path / "theirs"), layout, batch, saved, precision)
+    step(tmp_path / "ckpt", tmp_path / "offline", "huggingface")
+    assert_same_directory(tmp_path / "ckpt.gathered", tmp_path / "offline")
+    before, after = open_model(tmp_path / "theirs"), open_model(tmp_path / "offline")
+    word = "embedding.word_embeddings.weight"
+    assert not torch.equal(before.read(word), after.read(word).float())
+    if precision == "bf16-mixed":  # an optimizer keeps fp32 copies
+        assert after.specs[word].dtype == torch.bfloat16
+        step(tmp_path / "ckpt", tmp_path / "exact", "huggingface", params_dtype=torch.float32)
+        exact = open_model(tmp_path / "exact").read(word)
+        assert not torch.equal(exact, exact.bfloat16().float())
+        assert torch.equal(exact.bfloat16(), after.read(word))
+
+
+def _predict(checkpoint: str, layout: dict[str, Any], batch: Any) -> Any:
+    identity = open_model(Path(checkpoint)).identity
+    module: Any = module_for(identity.config)
+    module.return_logits = "every_rank"
+    trainer = quiet_trainer(strategy(**layout), int(os.environ["WORLD_SIZE"]))
+    return trainer.predict(module, Shared(module, batch, 1), ckpt_path=checkpoint)[0]["logits"]
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_our_trainer_loads_what_was_converted(ranks: Any, name: str, tmp_path: Path) -> None:
+    model = tiny.save(name, tmp_path / "theirs")
+    step(tmp_path / "theirs", tmp_path / "ours", "lightning")
+    assert verify(tmp_path / "ours") == []
+    batch = tiny.batch(name)
+    expected = tiny.real(name, batch, tiny.outputs(model, batch)[1])
+    for logits in ranks.run(_predict, 4, str(tmp_path / "ours"), {"tp": 2, "pp": 2}, batch):
+        torch.testing.assert_close(tiny.real(name, batch, logits), expected, atol=2e-5, rtol=0)
+
+
+def test_a_llama_as_a_mistral(tmp_path: Path) -> None:
+    tiny.save("llama", tmp_path / "llama")
+    step(tmp_path / "llama", tmp_path / "mistral", "huggingface", model_type="mistral")
+    import transformers as hf
+
+    model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "mistral")
+    assert type(model) is hf.MistralForCausalLM
+    batch = tiny.batch("llama")
+    torch.testing.assert_close(tiny.outputs(model, batch), tiny.outputs(tiny.build("llama"), batch))
+    with pytest.raises(lm.CheckpointError, match="qwen2: Qwen2 has add_qkv_bias=True"):
+        step(tmp_path / "llama", tmp_path / "qwen2", "huggingface", model_type="qwen2")
+
+
+def test_types_and_tokenizer(tmp_path: Path) -> None:
+    """Half precision in the target, its tokenizer beside it, and the ids of special tokens in its configuration."""
+    tiny.save("gpt2", tmp_path / "theirs")
+    tokenizer = word_tokenizer(tmp_path / "tokenizer")
+    options = {"params_dtype": torch.float16, "tokenizer": str(tokenizer)}
+    step(tmp_path / "theirs", tmp_path / "half", "huggingface", **options)
+    import transformers as hf
+
+    config = json.loads((tmp_path / "half" / "config.json").read_text())
+    assert (config["dtype"], config["eos_token_id"]) == ("float16", 3)
+    assert hf.GenerationConfig.from_pretrained(tmp_path / "half").eos_token_id == 3
+    assert hf.AutoTokenizer.from_pretrained(tmp_path / "half")("w5")["input_ids"] == [5]
+    model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "half")
+    assert model.transformer.wte.weight.dtype == torch.float16
+    assert torch.equal(model.transformer.wte.weight, tiny.build("gpt2").transformer.wte.weight.half())
+
+
+def word_tokenizer(path: Path) -> Path:
+    """A tokenizer of words ``w0`` to ``w88``, of which ``w3`` ends a text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({f"w{token}": token for token in range(tiny.VOCAB)}, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="w3", unk_token="w0").save_pretrained(path)
     return path
