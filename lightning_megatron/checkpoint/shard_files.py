@@ -233,6 +233,12 @@ class ShardFiles:
     def _maps(self) -> dict[str, memoryview]:
         return {}
 
+    def release(self) -> None:
+        """Give back the memory of files that were read; they are read again when they are needed again."""
+        for view in self._maps.values():
+            if hasattr(mmap, "MADV_DONTNEED"):
+                view.obj.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+
     def _map(self, name: str) -> memoryview:
         if name not in self._maps:
             path = self.directory / name

@@ -125,6 +125,7 @@ class ShardedCheckpoint:
         box = Box((*start, *(0 for _ in shape)), tuple(into.shape))
         if self.files.read(key, box, into) < box.numel:
             raise CheckpointError(f"{self.files.directory} does not have all elements of {key}.")
+        self.files.release()
         return into if layer is None else into[0]
 
 

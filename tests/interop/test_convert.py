@@ -19,6 +19,7 @@ from lightning_megatron.interop.megatron_args import to_args
 from lightning_megatron.models.registry import module_for
 from tests.helpers import quiet_trainer
 from tests.interop import stock, tiny
+from tests.interop.tiny import status
 from tests.models.runs import Shared, strategy
 
 
@@ -199,3 +200,34 @@ def word_tokenizer(path: Path) -> Path:
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="w3", unk_token="w0").save_pretrained(path)
     return path
+
+
+def _peaks(source: Path, target: Path) -> dict[str, int]:
+    """The most memory that each step took, in a process that does nothing else."""
+    peaks: dict[str, int] = {}
+    for name, to in (("a", "lightning"), ("b", "megatron"), ("c", "huggingface")):
+        step(_saved("gpt2", target / f"small_{name}"), target / name, to)  # imports what there is
+    at = source
+    for to in ("lightning", "megatron", "huggingface"):
+        job = Conversion(load_path=at, save_path=target / to, to=to, max_shard_size="20MB")
+        open_model(at)
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        before = status("VmRSS")
+        convert(job)
+        peaks[to], at = status("VmHWM") - before, target / to
+    return peaks
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of memory")
+def test_memory_is_bounded_by_one_layer(ranks: Any, tmp_path: Path) -> None:
+    """Whatever the size of the model, a conversion holds a tensor and its copy in another form."""
+    import transformers as hf
+
+    sizes = {"n_layer": 10, "n_embd": 512, "n_head": 8, "vocab_size": 1024, "n_positions": 64}
+    model = hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+    model.save_pretrained(tmp_path / "theirs", max_shard_size="20MB")
+    layer = sum(parameter.nbytes for parameter in model.transformer.h[0].parameters())
+    whole = sum(parameter.nbytes for parameter in model.parameters())
+    [peaks] = ranks.run(_peaks, 1, tmp_path / "theirs", tmp_path)
+    print({to: f"{peak / 2**20:.1f} MiB" for to, peak in peaks.items()}, f"{layer / 2**20:.1f} of {whole / 2**20:.1f}")
+    assert max(peaks.values()) < 1.5 * layer < whole / 6

@@ -14,6 +14,7 @@ import torch
 import lightning_megatron as lm
 from tests.helpers import quiet_trainer
 from tests.interop import tiny
+from tests.interop.tiny import status
 from tests.models.runs import Batch, Shared, strategy
 from tests.ranks import RankPool
 
@@ -128,12 +129,6 @@ def test_finetuning_head(ranks: RankPool, name: str, tmp_path: Path) -> None:
     assert all(torch.equal(tensor, expected[key]) for key, tensor in model.bert.encoder.state_dict().items())
 
 
-def _status(field: str) -> int:
-    """Bytes of a field of this process's memory."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
 def _peak(path: str, small: str, layout: dict[str, Any]) -> tuple[int, int]:
     """The most memory that building and filling the chunks took, and what they hold."""
     world_size = int(os.environ["WORLD_SIZE"])
@@ -141,10 +136,10 @@ def _peak(path: str, small: str, layout: dict[str, Any]) -> tuple[int, int]:
     trainer = quiet_trainer(strategy(**layout), world_size)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = _status("VmRSS")
+    before = status("VmRSS")
     module = lm.from_pretrained(path)
     trainer.predict(module, [])
-    return _status("VmHWM") - before, sum(parameter.nbytes for parameter in module.parameters())
+    return status("VmHWM") - before, sum(parameter.nbytes for parameter in module.parameters())
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of memory")
