@@ -123,6 +123,9 @@ def from_args(args: Any, specs: Mapping[str, CoreSpec], vocab_size: int | None, 
             "--model-config FILE, a JSON of a GPTConfig, BertConfig or T5Config."
         )
     values = vars(args) if hasattr(args, "__dict__") else dict(args)
+    rows = specs["embedding.word_embeddings.weight"].shape[0]
+    if vocab_size is not None and vocab_size > rows:
+        raise CheckpointError(f"The tokenizer has {vocab_size} tokens, but the embedding in {where} only {rows} rows.")
     if OURS in values:
         found = described(values[OURS], where)
         return Identity(found.config, found.hugging_face, iteration=_number(values.get("iteration")))

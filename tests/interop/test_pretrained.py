@@ -157,3 +157,14 @@ def test_peak_memory_of_a_rank(ranks: RankPool, tmp_path: Path) -> None:
         assert held > 0.45 * whole
         assert peak < 1.3 * held + largest, f"{peak / 2**20:.1f} MiB for {held / 2**20:.1f} MiB"
         print(f"peak {peak / 2**20:.1f} MiB, shard {held / 2**20:.1f} MiB, largest tensor {largest / 2**20:.1f} MiB")
+
+
+def test_every_rank_hears_of_a_failed_save(ranks: RankPool, tmp_path: Path) -> None:
+    tiny.save("gpt2", tmp_path / "theirs")
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "notes.txt").write_text("mine")
+    arguments = (str(tmp_path / "theirs"), LAYOUTS["tp2"], tiny.batch("gpt2"), str(tmp_path / "ours"))
+    _, errors = ranks.attempt(run, 2, *arguments)
+    assert sorted(errors) == [0, 1]
+    assert all("ours exists already. Give a new or an empty directory" in error for error in errors.values())
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "ours", tmp_path / "theirs"]
