@@ -8,6 +8,7 @@ import pickletools
 import types
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def load(path: Path, data: bytes | None = None) -> Any:
     try:
         zipped = zipfile.is_zipfile(path if data is None else BytesIO(data))
         wanted = sorted(set(_globals(path if data is None else BytesIO(data), zipped)))
-    except (OSError, ValueError, EOFError, IndexError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+    except Exception as error:  # a damaged pickle raises almost anything
         raise CheckpointError(_damaged(path, error)) from error
     allowed: list[Any] = []
     for name in wanted:
@@ -72,14 +73,27 @@ def load(path: Path, data: bytes | None = None) -> Any:
                 "with torch.load(weights_only=False), and save its 'model', 'args' and 'checkpoint_version' alone."
             )
     try:
-        with torch.serialization.safe_globals(allowed):
+        with _only(allowed):
             if data is not None:
                 return torch.load(BytesIO(data), map_location="cpu", weights_only=True)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} was not loaded: {str(error).splitlines()[0]}") from error
-    except (RuntimeError, ValueError, EOFError, OSError) as error:
+    except Exception as error:
         raise CheckpointError(_damaged(path, error)) from error
+
+
+@contextmanager
+def _only(allowed: list[Any]) -> Iterator[None]:
+    """Without what other libraries of the process let torch load."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        torch.serialization.add_safe_globals(allowed)
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
 def _damaged(path: Path, error: Exception) -> str:
