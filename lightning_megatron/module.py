@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, override
 
 import lightning.pytorch as pl
@@ -41,6 +42,9 @@ class MegatronModule(pl.LightningModule):
 
     data_on_every_stage = False
     """Whether middle pipeline stages need the batch too, as models with a padding mask in each layer do."""
+
+    draws_initial_weights = True
+    """Whether chunks need initial weights; not if :meth:`fill_new_chunks` gives all of them."""
 
     def __init__(self, optimizer: OptimizerConfig | None = None) -> None:
         super().__init__()
@@ -97,6 +101,9 @@ class MegatronModule(pl.LightningModule):
         """What a checkpoint tells about this model, in types that JSON has."""
         return {"module": type(self).__name__}
 
+    def fill_new_chunks(self) -> None:
+        """Called once on each rank, when :attr:`chunks` have their initial weights: put others in their place."""
+
     # ---------------------------------------------------------------------- Lightning's hooks
 
     @property
@@ -131,9 +138,12 @@ class MegatronModule(pl.LightningModule):
                 )
             weights = self.chunks.state_dict()
         with torch.random.fork_rng(devices=()):  # initial weights leave the generators of dropout and data alone
-            self.chunks = torch.nn.ModuleList(self.build_chunks(context))
+            drawn = replace(context, perform_initialization=weights is None and self.draws_initial_weights)
+            self.chunks = torch.nn.ModuleList(self.build_chunks(drawn))
         if weights is not None:
             self.chunks.load_state_dict(weights)
+        else:
+            self.fill_new_chunks()
         self._built_in = context
 
     @override

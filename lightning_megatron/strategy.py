@@ -24,6 +24,7 @@ from lightning_megatron.checkpoint.io import load, load_weights, snapshot
 from lightning_megatron.checkpoint.metadata import HasTokenizer
 from lightning_megatron.checkpoint.run_state import RunState
 from lightning_megatron.checkpoint.saver import CheckpointOptions, Saver
+from lightning_megatron.checkpoint.together import Team
 from lightning_megatron.errors import LayoutError, ModuleError
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.models.config import TransformerModelConfig
@@ -563,6 +564,11 @@ class MegatronStrategy(DDPStrategy):
     def saving_in_background(self) -> bool:
         """Whether this rank is writing a checkpoint while training goes on."""
         return self._checkpoint_saver is not None and self._checkpoint_saver.busy
+
+    @property
+    def team(self) -> Team:
+        """All ranks, over a gloo group. Every rank asks for it first at the same time."""
+        return self._saver.team
 
     @property
     def _saver(self) -> Saver:
