@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 
 from lightning_megatron.backends import core, rng
@@ -410,16 +411,29 @@ class MegatronStrategy(DDPStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         assert isinstance(self.lightning_module, MegatronModule)
         self._saver.wait()
+        fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
         with self.gathered_weights():
-            return load(
+            checkpoint = load(
                 Path(checkpoint_path),
-                self._run_state(with_optimizer=self.lightning_module.trainer.state.fn == TrainerFn.FITTING),
+                self._run_state(with_optimizer=fitting),
                 self.lightning_module.describe(),
                 self.layout,
                 self._saver.team,
                 strict=self.lightning_module.strict_loading,
                 weights_only=weights_only,
             )
+        if fitting:
+            self._restore_data_position(checkpoint)
+        return checkpoint
+
+    def _restore_data_position(self, checkpoint: Mapping[str, Any]) -> None:
+        """Lightning leaves loaders at their start that it made before it read the checkpoint, as it does for
+        ``estimated_stepping_batches`` in ``configure_optimizers`` where epochs limit a run."""
+        loaders = self.lightning_module.trainer.train_dataloader  # type: ignore[union-attr]
+        states = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {}).get("combined_loader", [])
+        if loaders is not None and states:
+            for loader, state in zip(CombinedLoader(loaders).flattened, states, strict=True):
+                loader.load_state_dict(state)
 
     def load_weights(
         self, path: str | Path, *, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
