@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_megatron.backends import core, rng
 from lightning_megatron.checkpoint.io import load, load_weights, snapshot
 from lightning_megatron.checkpoint.metadata import HasTokenizer
+from lightning_megatron.checkpoint.publish import local_path
 from lightning_megatron.checkpoint.run_state import RunState
 from lightning_megatron.checkpoint.saver import CheckpointOptions, Saver
 from lightning_megatron.errors import LayoutError, ModuleError
@@ -396,7 +397,7 @@ class MegatronStrategy(DDPStrategy):
             data = trainer.datamodule if self.is_global_zero else None  # type: ignore[attr-defined]
             self._saver.save(
                 snapshot(
-                    Path(filepath),
+                    local_path(filepath),
                     state,
                     checkpoint,
                     description,
@@ -414,7 +415,7 @@ class MegatronStrategy(DDPStrategy):
         fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
         with self.gathered_weights():
             checkpoint = load(
-                Path(checkpoint_path),
+                local_path(checkpoint_path),
                 self._run_state(with_optimizer=fitting),
                 self.lightning_module.describe(),
                 self.layout,
@@ -454,11 +455,13 @@ class MegatronStrategy(DDPStrategy):
         with self.gathered_weights():
             state = self._run_state(with_optimizer=bool(self.optimizers))
             description = self.lightning_module.describe()
-            return load_weights(Path(path), state, description, self._saver.team, include=include, exclude=exclude)
+            return load_weights(
+                local_path(path), state, description, self._saver.team, include=include, exclude=exclude
+            )
 
     @override
     def remove_checkpoint(self, filepath: Any) -> None:
-        self._saver.remove(Path(filepath))
+        self._saver.remove(local_path(filepath))
 
     @property
     def saving_in_background(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import lightning_megatron as lm
 from lightning_megatron.callbacks import InitialWeights, NonFinite, NonFiniteError, Preemption
 from lightning_megatron.checkpoint import CheckpointOptions, verify
 from lightning_megatron.checkpoint import saver as saver_module
+from lightning_megatron.checkpoint.publish import local_path
 from lightning_megatron.errors import CheckpointError
 from tests.checkpoint.runs import Case, make_module, make_trainer, tensors, train
 from tests.helpers import Record, SharedLoader, plain_loader, quiet_trainer, tiny_config
@@ -202,6 +205,58 @@ def test_background_saves_are_snapshots(ranks: RankPool, tmp_path: Path) -> None
     assert all(torch.equal(one[key], other[key]) for key in one | other)
     assert not (tmp_path / "four").exists()
     assert not list(tmp_path.glob(".*"))
+
+
+class _Break(pl.Callback):
+    """Begins a background save that takes a second, and ends the fit while it is written."""
+
+    def __init__(self, at: Path, how: str) -> None:
+        self.at, self.how = at, how
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == 2:
+            write = saver_module.Snapshot.write
+
+            def slowly(snapshot: Any, team: Any) -> None:
+                time.sleep(1.0)
+                write(snapshot, team)
+
+            saver_module.Snapshot.write = slowly
+            trainer.save_checkpoint(self.at, weights_only=False)
+            saver_module.Snapshot.write = write
+        if trainer.global_step == 3:
+            assert not self.at.exists()
+            if self.how == "exception":
+                raise ArithmeticError("no more")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _broken_off(path: Path, how: str) -> tuple[str, int]:
+    strategy = lm.MegatronStrategy(tensor_model_parallel_size=2, checkpoint=CheckpointOptions(background=True))
+    module = make_module()
+    trainer = quiet_trainer(strategy, 2, max_steps=20, callbacks=[_Break(path, how)])
+    try:
+        trainer.fit(module, SharedLoader(module, length=160))
+    except (ArithmeticError, SIGTERMException) as error:
+        return type(error).__name__, trainer.global_step
+    return "", trainer.global_step
+
+
+@pytest.mark.parametrize(("how", "error"), [("exception", "ArithmeticError"), ("SIGTERM", "SIGTERMException")])
+def test_a_background_save_is_finished_when_a_fit_breaks_off(
+    ranks: RankPool, tmp_path: Path, how: str, error: str
+) -> None:
+    results = ranks.run(_broken_off, 2, tmp_path / "two", how)
+    assert [name for name, _ in results] == [error, error]
+    assert all(step < 6 for _, step in results)
+    assert verify(tmp_path / "two") == []
+    assert [path.name for path in tmp_path.iterdir()] == ["two"]
+
+
+def test_urls_are_no_paths() -> None:
+    with pytest.raises(CheckpointError, match=r"s3://bucket/last\.ckpt is a URL"):
+        local_path("s3://bucket/last.ckpt")
+    assert local_path("file:///tmp/last.ckpt") == local_path("/tmp/last.ckpt") == Path("/tmp/last.ckpt")
 
 
 # ------------------------------------------------------------------------------------------------------- disk full
