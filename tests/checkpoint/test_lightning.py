@@ -337,6 +337,37 @@ def _resume(path: Path | None) -> list[float]:
     return train(CASE, 6, resume=path)
 
 
+def _preempted_by_slurm(root: Path, resume: str | None) -> tuple[int, int]:
+    class Job(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == 2 and resume is None:
+                os.environ["SLURM_JOB_ID"] = "123"  # not before, or Lightning would take the world from Slurm
+                os.environ["PATH"] = f"{root}{os.pathsep}{os.environ['PATH']}"
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+    module = make_module()
+    trainer = make_trainer(CASE, Job(), Preemption(), max_steps=5, default_root_dir=root)
+    path = os.environ["PATH"]
+    try:
+        trainer.fit(module, SharedLoader(module, length=160), ckpt_path=resume)
+    except SystemExit as leaving:
+        return leaving.code, trainer.global_step
+    finally:
+        os.environ["PATH"] = path
+        os.environ.pop("SLURM_JOB_ID", None)
+    return 0, trainer.global_step
+
+
+def test_slurm_requeues_and_lightning_finds_the_checkpoint(ranks: RankPool, tmp_path: Path) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
+    scontrol.chmod(0o755)
+    assert ranks.run(_preempted_by_slurm, 2, tmp_path, None) == [(75, 3), (75, 3)]
+    assert (tmp_path / "calls").read_text() == "requeue 123\n"  # once, by one rank
+    assert verify(tmp_path / "hpc_ckpt_1.ckpt") == []
+    assert ranks.run(_preempted_by_slurm, 2, tmp_path, "hpc") == [(0, 5), (0, 5)]
+
+
 # ------------------------------------------------------------------------------------------------------------- NaN
 
 
