@@ -13,6 +13,8 @@ import lightning.pytorch as pl
 import pytest
 
 import lightning_megatron as lm
+from lightning_megatron.checkpoint.metadata import CheckpointMetadata
+from lightning_megatron.cli.generate import tokenizer_of
 from lightning_megatron.data import FineTuningData, HuggingFaceData, PretrainingData
 from lightning_megatron.data.gpt import GPTDataset
 from tests.data.corpora import VOCABULARY, write_random_dataset
@@ -51,6 +53,7 @@ def _fit(
     resume: Path | None = None,
     save: Path | None = None,
     after: int = 0,
+    **options: Any,
 ) -> tuple[int, int, int, list[list[int]], list[float]]:
     """Replica, stage, reads, and samples and losses of each step; runs on every rank."""
     reads = 0
@@ -68,7 +71,8 @@ def _fit(
         module = lm.GPTModule(tiny_config(vocab_size=VOCABULARY, num_layers=4))
         plan = strategy(**layout)
         trainer = quiet_trainer(plan, int(os.environ["WORLD_SIZE"]), callbacks=[order], **trainer_options)
-        data = PretrainingData(prefix, seq_length=16, global_batch_size=BATCH, split="80,20,0", num_workers=workers)
+        sizes = {"seq_length": 16, "global_batch_size": BATCH, "num_workers": workers}
+        data = PretrainingData(prefix, split="80,20,0", **(sizes | options))
         with contextlib.suppress(_CutError):
             trainer.fit(module, datamodule=data, ckpt_path=resume)
     finally:
@@ -109,6 +113,20 @@ def test_every_layout_reads_the_same_order(ranks: RankPool, prefix: Path) -> Non
         assert len(readers) == len({replica for replica, *_ in results})  # one rank of each replica reads
 
 
+def _ramped(prefix: Path, layout: dict[str, Any]) -> Any:
+    return _fit(prefix, layout, {"max_steps": 6}, rampup_batch_size=(2, 2, 12))
+
+
+def test_a_growing_global_batch(ranks: RankPool, prefix: Path) -> None:
+    straight = ranks.run(_ramped, 1, prefix, {})
+    order = _global(straight)
+    assert [len(batch) for batch in order] == [2, 2, 4, 6, 8, 8]
+    for world, layout in ((2, {}), (4, {"tp": 2, "pp": 2, "mbs": 2})):
+        results = ranks.run(_ramped, world, prefix, layout)
+        assert _global(results) == order
+        assert results[0][4] == pytest.approx(straight[0][4], abs=1e-5)
+
+
 def test_middle_stages_read_nothing(ranks: RankPool, prefix: Path) -> None:
     results = ranks.run(_fit, 4, prefix, {"pp": 4, "mbs": 2}, {"max_steps": 2})
     assert [reads > 0 for _, _, reads, _, _ in results] == [True, False, False, False]
@@ -143,6 +161,7 @@ def _other(kind: str, path: Path, tokenizer: Path) -> list[float]:
     module = lm.GPTModule(tiny_config(vocab_size=512))
     trainer = quiet_trainer(strategy(pp=2, mbs=1), 4, max_steps=3, callbacks=[order])
     trainer.fit(module, datamodule=data)
+    trainer.save_checkpoint(path.parent / "last.ckpt", weights_only=False)
     return order.losses
 
 
@@ -160,3 +179,6 @@ def test_other_kinds_of_data(ranks: RankPool, tmp_path: Path, tokenizer_dir: Pat
     results = ranks.run(_other, 4, kind, path, tokenizer_dir)
     assert all(losses == results[0] for losses in results)
     assert len(results[0]) == 3
+    named = CheckpointMetadata.read(tmp_path / "last.ckpt").tokenizer
+    assert (named["source"], named["vocab_size"]) == (str(tokenizer_dir.resolve()), 512)
+    assert len(tokenizer_of(tmp_path / "last.ckpt", None)) == 512
