@@ -5,17 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, override
 
 import lightning.pytorch as pl
+import torch.distributed as dist
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from lightning_megatron.auto import Choice, Devices, Work, choose
 from lightning_megatron.backends import core, rng
 from lightning_megatron.checkpoint.io import load, load_weights, snapshot
 from lightning_megatron.checkpoint.metadata import HasTokenizer
@@ -24,10 +28,12 @@ from lightning_megatron.checkpoint.run_state import RunState
 from lightning_megatron.checkpoint.saver import CheckpointOptions, Saver
 from lightning_megatron.errors import LayoutError, ModuleError
 from lightning_megatron.layout import ParallelLayout
+from lightning_megatron.models.config import TransformerModelConfig
 from lightning_megatron.models.transformer_config import BuildContext
 from lightning_megatron.module import MegatronModule
 from lightning_megatron.optim.config import OptimizerConfig
 from lightning_megatron.optim.optimizer import MegatronOptimizer, build_optimizer
+from lightning_megatron.planner.settings import Constraints
 from lightning_megatron.precision import MegatronPrecision
 from lightning_megatron.replica import ReplicaDataLoader, ReplicaGroups
 from lightning_megatron.schedule import Batch, Schedule, StepResult
@@ -41,6 +47,9 @@ class MegatronStrategy(DDPStrategy):
     Sizes and switches have Megatron's names. Data parallelism takes the processes that the other kinds leave.
 
     Args:
+        layout: instead of sizes, a layout or its short form (``"tp2_pp2_sp"``), or ``"auto"``: the planner's fastest
+            that fits model, batch and devices. It keeps the sizes and switches that are given beside it, and takes the
+            batch from the data module.
         tensor_model_parallel_size: see :class:`~lightning_megatron.ParallelLayout`, as for all sizes.
         micro_batch_size: samples that go through the pipeline at a time. ``None`` is the whole batch of a rank without
             a pipeline, and 1 with one.
@@ -60,6 +69,7 @@ class MegatronStrategy(DDPStrategy):
 
     def __init__(
         self,
+        layout: str | ParallelLayout | None = None,
         *,
         tensor_model_parallel_size: int = 1,
         pipeline_model_parallel_size: int = 1,
@@ -81,7 +91,7 @@ class MegatronStrategy(DDPStrategy):
         **kwargs: Any,
     ) -> None:
         super().__init__(timeout=timeout, **kwargs)
-        self.layout = ParallelLayout(
+        given = ParallelLayout(
             tensor_model_parallel_size=tensor_model_parallel_size,
             pipeline_model_parallel_size=pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
@@ -92,6 +102,17 @@ class MegatronStrategy(DDPStrategy):
             num_layers_in_last_pipeline_stage=num_layers_in_last_pipeline_stage,
             pipeline_model_parallel_layout=pipeline_model_parallel_layout,
         )
+        self._undecided = layout == "auto"
+        if self._undecided and any(
+            size is not None
+            for size in (
+                num_layers_in_first_pipeline_stage,
+                num_layers_in_last_pipeline_stage,
+                pipeline_model_parallel_layout,
+            )
+        ):
+            raise LayoutError("'auto' also decides how layers are spread over stages. Leave those arguments out.")
+        self.layout = given if layout is None or self._undecided else _named_layout(layout, given)
         if micro_batch_size is not None and micro_batch_size < 1:
             raise LayoutError(f"micro_batch_size={micro_batch_size}, but must be at least 1, or None.")
         if overlap_param_gather and not (use_distributed_optimizer and overlap_grad_reduce):
@@ -183,7 +204,66 @@ class MegatronStrategy(DDPStrategy):
         self.layout.data_parallel_size(self.world_size)  # before any process waits for another
         super().setup_environment()
         core.use_device(self.root_device)
+        if self._undecided:
+            self._decide()
         self._initialise_groups()
+
+    def _decide(self) -> None:
+        """Take what the planner chooses on rank 0, which all ranks hear of, as of an error."""
+        told: tuple[Choice | None, str] = (None, "")
+        if self.is_global_zero:
+            try:
+                told = (choose(self._work(), self._devices(), self._given()), "")
+            except LayoutError as error:
+                told = (None, str(error))
+        choice, message = self.broadcast(told)
+        if choice is None:
+            raise LayoutError(f"MegatronStrategy('auto'): {message}")
+        self.layout = replace(choice.layout, expert_model_parallel_size=self.layout.expert_model_parallel_size)
+        self.layout.data_parallel_size(self.world_size)
+        self.micro_batch_size = choice.micro_batch_size
+        self.use_distributed_optimizer = choice.use_distributed_optimizer
+        self._ddp_options["overlap_grad_reduce"] |= choice.overlap_grad_reduce
+        self._ddp_options["overlap_param_gather"] |= choice.overlap_param_gather
+        self._undecided = False
+        rank_zero_info(f"MegatronStrategy('auto'): {choice.reason}")
+
+    def _work(self) -> Work:
+        module = self.lightning_module
+        config = getattr(module, "config", None)
+        if not isinstance(config, TransformerModelConfig):
+            raise LayoutError(
+                f"{type(module).__name__} has no `config` of a known kind, such as GPTConfig, by which to plan. Give "
+                "the sizes instead of 'auto'."
+            )
+        assert module is not None
+        data = getattr(module.trainer, "datamodule", None)
+        return Work(
+            model=config,
+            precision=self.precision_plugin.precision,  # type: ignore[arg-type]
+            global_batch_size=getattr(data, "global_batch_size", None),
+            seq_length=getattr(data, "seq_length", None),
+            context_parallel=bool(getattr(module, "supports_context_parallel", False)),
+        )
+
+    def _devices(self) -> Devices:
+        name, memory = core.device_name_and_memory(self.root_device)
+        shares = self.num_processes if name == "cpu" else 1
+        return Devices(name=name, memory=memory / shares, count=self.world_size, per_node=self.num_processes)
+
+    def _given(self) -> Constraints:
+        """Sizes and switches that are not at their defaults."""
+        layout = self.layout
+        sizes = {
+            name: size
+            for name, size in layout.as_dict().items()
+            if name in Constraints.__dataclass_fields__ and size != ParallelLayout.__dataclass_fields__[name].default
+        }
+        return Constraints(
+            **sizes,  # type: ignore[arg-type]
+            micro_batch_size=self.micro_batch_size,
+            use_distributed_optimizer=True if self.use_distributed_optimizer else None,
+        )
 
     def _initialise_groups(self) -> None:
         if self._context is not None and self._context.policy == self.precision_plugin.policy:
@@ -346,7 +426,37 @@ class MegatronStrategy(DDPStrategy):
             self._window_tokens = num_tokens
             return
         self._window_tokens = None
-        core.finalize_model_grads(chunks, num_tokens, **kwargs)
+        if num_tokens is None or self._gradients_are_looked_at():
+            core.finalize_model_grads(chunks, num_tokens, **kwargs)
+            return
+        core.finalize_model_grads(chunks, None, **kwargs)
+        scale = 1.0 / self._over_all_ranks(num_tokens).clamp(min=1)
+        if not self.megatron_optimizer.scale_gradients(scale):
+            for chunk in chunks:
+                chunk.scale_gradients(scale)
+
+    def _gradients_are_looked_at(self) -> bool:
+        """Whether anyone may read gradients before the optimizer does, which can divide them while it reads them.
+
+        A callback that has such a hook but needs no values says so by ``reads_gradients = False``.
+        """
+        module = self.lightning_module
+        assert module is not None
+        hooks = ("on_after_backward", "on_before_optimizer_step")
+        return any(
+            getattr(type(hooked), hook) is not getattr(base, hook) and getattr(hooked, "reads_gradients", True)
+            for hooked, base in ((module, pl.LightningModule), *((c, pl.Callback) for c in module.trainer.callbacks))  # type: ignore[attr-defined]
+            for hook in hooks
+        )
+
+    def _over_all_ranks(self, num_tokens: Tensor) -> Tensor:
+        """Tokens of all replicas, on every rank, from those that the last pipeline stage has counted."""
+        groups = self.build_context.groups
+        if groups.pp.size() > 1:
+            dist.broadcast(num_tokens, group_src=groups.pp.size() - 1, group=groups.pp)
+        if groups.dp_cp.size() > 1:
+            dist.all_reduce(num_tokens, group=groups.dp_cp)
+        return num_tokens
 
     @override
     @contextmanager
@@ -359,7 +469,10 @@ class MegatronStrategy(DDPStrategy):
             self._more_to_accumulate = False
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Names in this rank's chunks and accumulated gradients, for callbacks before an optimizer step."""
+        """Names in this rank's chunks and gradients, for ``on_after_backward`` and ``on_before_optimizer_step``.
+
+        Elsewhere they may be sums over the tokens of the batch, which the optimizer divides as it reads them.
+        """
         for chunk in self._wrapped_for_training:
             for name, parameter in _unwrap(chunk).named_parameters():
                 if parameter.requires_grad:
@@ -509,6 +622,12 @@ class MegatronStrategy(DDPStrategy):
         self.precision_plugin.teardown()
         assert self.accelerator is not None
         self.accelerator.teardown()
+
+
+def _named_layout(layout: str | ParallelLayout, given: ParallelLayout) -> ParallelLayout:
+    if given != ParallelLayout():
+        raise LayoutError(f"The layout {layout} already says every size, but {given} was given beside it. Give one.")
+    return ParallelLayout.parse(layout) if isinstance(layout, str) else layout
 
 
 def _unwrap(chunk: Any) -> Any:

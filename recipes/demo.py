@@ -141,6 +141,7 @@ def main() -> None:
         f"run_dir={run}",
         f"trainer.max_steps={arguments.steps}",
         f"trainer.val_check_interval={max(1, arguments.steps // 4)}",
+        f"trainer.log_every_n_steps={max(1, min(10, arguments.steps // 4))}",
         *("optim.lr=2e-3", "optim.min_lr=2e-4", f"optim.lr_warmup_steps={arguments.steps // 20}"),
         *("callbacks=sample", 'callbacks.sample.prompts=["Return a new","The following"]'),
         *(

@@ -31,6 +31,8 @@ class NonFinite(pl.Callback):
         max_skips: skips in a row after which even ``"skip"`` raises.
     """
 
+    reads_gradients = False  # sums over tokens are finite where means are
+
     def __init__(self, policy: Literal["raise", "skip"] = "raise", max_skips: int = 10) -> None:
         if policy not in ("raise", "skip"):
             raise ValueError(f"policy={policy!r} is neither 'raise' nor 'skip'.")

@@ -61,12 +61,22 @@ def recipe(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callabl
 
         def main() -> None:
             with _messages():
+                _check_words(sys.argv[1:])
                 check_overrides(config_name, [argument for argument in sys.argv[1:] if _is_override(argument)])
             run()
 
         return main
 
     return decorate
+
+
+def _check_words(arguments: Sequence[str]) -> None:
+    """Raise :class:`ConfigurationError` for a word that is neither an override nor an option or its value."""
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if "=" not in argument and not argument.startswith(("-", "~")) and not before.startswith("-"):
+            raise ConfigurationError(
+                f"{argument!r} is not field=value, such as model=gpt_tiny or trainer.max_steps=10."
+            )
 
 
 def _is_override(argument: str) -> bool:
