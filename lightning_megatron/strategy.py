@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, override
 
 import lightning.pytorch as pl
+import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
@@ -103,6 +104,7 @@ class MegatronStrategy(DDPStrategy):
             num_layers_in_last_pipeline_stage=num_layers_in_last_pipeline_stage,
             pipeline_model_parallel_layout=pipeline_model_parallel_layout,
         )
+        self._forks = kwargs.get("start_method") == "fork"
         self._undecided = layout == "auto"
         if self._undecided and any(
             size is not None
@@ -203,6 +205,9 @@ class MegatronStrategy(DDPStrategy):
     @override
     def setup_environment(self) -> None:
         self.layout.data_parallel_size(self.world_size)  # before any process waits for another
+        if self._forks:
+            # OpenMP's threads stay in the notebook's process, and a fork that used more than one would wait for them.
+            torch.set_num_threads(1)
         super().setup_environment()
         core.use_device(self.root_device)
         if self._undecided:
