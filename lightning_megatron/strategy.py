@@ -16,6 +16,7 @@ import torch.distributed as dist
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
@@ -23,8 +24,10 @@ from lightning_megatron.auto import Choice, Devices, Work, choose
 from lightning_megatron.backends import core, rng
 from lightning_megatron.checkpoint.io import load, load_weights, snapshot
 from lightning_megatron.checkpoint.metadata import HasTokenizer
+from lightning_megatron.checkpoint.publish import local_path
 from lightning_megatron.checkpoint.run_state import RunState
 from lightning_megatron.checkpoint.saver import CheckpointOptions, Saver
+from lightning_megatron.checkpoint.together import Team
 from lightning_megatron.errors import LayoutError, ModuleError
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.models.config import TransformerModelConfig
@@ -513,7 +516,7 @@ class MegatronStrategy(DDPStrategy):
             data = trainer.datamodule if self.is_global_zero else None  # type: ignore[attr-defined]
             self._saver.save(
                 snapshot(
-                    Path(filepath),
+                    local_path(filepath),
                     state,
                     checkpoint,
                     description,
@@ -528,16 +531,29 @@ class MegatronStrategy(DDPStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         assert isinstance(self.lightning_module, MegatronModule)
         self._saver.wait()
+        fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
         with self.gathered_weights():
-            return load(
-                Path(checkpoint_path),
-                self._run_state(with_optimizer=self.lightning_module.trainer.state.fn == TrainerFn.FITTING),
+            checkpoint = load(
+                local_path(checkpoint_path),
+                self._run_state(with_optimizer=fitting),
                 self.lightning_module.describe(),
                 self.layout,
                 self._saver.team,
                 strict=self.lightning_module.strict_loading,
                 weights_only=weights_only,
             )
+        if fitting:
+            self._restore_data_position(checkpoint)
+        return checkpoint
+
+    def _restore_data_position(self, checkpoint: Mapping[str, Any]) -> None:
+        """Lightning leaves loaders at their start that it made before it read the checkpoint, as it does for
+        ``estimated_stepping_batches`` in ``configure_optimizers`` where epochs limit a run."""
+        loaders = self.lightning_module.trainer.train_dataloader  # type: ignore[union-attr]
+        states = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {}).get("combined_loader", [])
+        if loaders is not None and states:
+            for loader, state in zip(CombinedLoader(loaders).flattened, states, strict=True):
+                loader.load_state_dict(state)
 
     def load_weights(
         self, path: str | Path, *, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
@@ -558,16 +574,23 @@ class MegatronStrategy(DDPStrategy):
         with self.gathered_weights():
             state = self._run_state(with_optimizer=bool(self.optimizers))
             description = self.lightning_module.describe()
-            return load_weights(Path(path), state, description, self._saver.team, include=include, exclude=exclude)
+            return load_weights(
+                local_path(path), state, description, self._saver.team, include=include, exclude=exclude
+            )
 
     @override
     def remove_checkpoint(self, filepath: Any) -> None:
-        self._saver.remove(Path(filepath))
+        self._saver.remove(local_path(filepath))
 
     @property
     def saving_in_background(self) -> bool:
         """Whether this rank is writing a checkpoint while training goes on."""
         return self._checkpoint_saver is not None and self._checkpoint_saver.busy
+
+    @property
+    def team(self) -> Team:
+        """All ranks, over a gloo group. Every rank asks for it first at the same time."""
+        return self._saver.team
 
     @property
     def _saver(self) -> Saver:

@@ -186,7 +186,11 @@ def _nearest(name: str, names: Sequence[str]) -> str:
 
 
 def check(config: DictConfig) -> None:
-    """Raise :class:`ConfigurationError` if a node's ``_target_`` does not take a field, or not a value of its type."""
+    """Raise :class:`ConfigurationError` if a node's ``_target_`` does not take a field, or not a value of its type, or
+    a value is missing."""
+    for key in map(str, config):
+        if OmegaConf.is_missing(config, key):
+            raise ConfigurationError(f"{key} has no value. Give it one: {key}=...")
     for path, node in _targets(config, ""):
         target = _locate(node["_target_"], path)
         hints, takes_any = _parameters(target)

@@ -6,6 +6,7 @@ asks which stage it is without regard for interleaving; what it adds to a block 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from lightning_megatron.backends.core import (
     CoreModule,
     LanguageModelEmbedding,
+    LanguageModule,
     ModelType,
     RotaryEmbedding,
     TransformerBlock,
@@ -39,7 +41,7 @@ def _linear(config: CoreConfig, outputs: int, *, of_sequence: bool = False) -> t
 
 
 class BertLMHead(CoreModule):
-    """What comes between the encoder and the vocabulary: a dense layer, GELU and a norm."""
+    """What comes between the encoder and the vocabulary: a dense layer, the model's activation and a norm."""
 
     def __init__(self, config: CoreConfig) -> None:
         super().__init__(config)
@@ -48,7 +50,7 @@ class BertLMHead(CoreModule):
 
     def forward(self, states: Tensor) -> Tensor:
         """``[sequence, batch, hidden]`` to the same."""
-        return self.layer_norm(F.gelu(self.dense(states)))
+        return self.layer_norm(self.config.activation_func(self.dense(states)))
 
 
 class BertPooler(CoreModule):
@@ -73,8 +75,8 @@ class BertChunk(VocabularyLoss):
         super().__init__(config=core_config, pg_collection=context.groups)
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process, self.vp_stage = stage.pre_process, stage.post_process, stage.vp_stage
-        # A head of fine-tuning has no vocabulary.
-        tied = config.share_embeddings_and_output_weights and config.num_labels is None
+        self._has_vocabulary = config.num_labels is None  # a head of fine-tuning has none
+        tied = config.share_embeddings_and_output_weights and self._has_vocabulary
         self.share_embeddings_and_output_weights = tied
         self.has_tokentypes = config.num_tokentypes > 0
         padded = config.padded_vocab_size(context.layout.tensor_model_parallel_size)
@@ -88,6 +90,11 @@ class BertChunk(VocabularyLoss):
                 num_tokentypes=config.num_tokentypes,
                 tp_group=context.groups.tp,
             )
+            if config.post_layernorm:
+                self.embedding.embedding_dropout = torch.nn.Identity()  # comes after the norm
+        self.embedding_layernorm: torch.nn.Module | None = None
+        if self.pre_process and config.post_layernorm:
+            self.embedding_layernorm = TorchNorm(core_config, config.hidden_size, config.layernorm_epsilon)
         self.rotary_pos_emb: RotaryEmbedding | None = None
         if config.position_embedding_type == "rope":
             self.rotary_pos_emb = RotaryEmbedding(
@@ -98,9 +105,10 @@ class BertChunk(VocabularyLoss):
             )
         self.encoder = TransformerBlock(
             config=core_config,
-            spec=bert_block_spec(core_config, context.seed, stage.vp_stage),
+            spec=bert_block_spec(core_config, context.seed, stage.vp_stage, post_layernorm=config.post_layernorm),
             pre_process=self.pre_process,
             post_process=self.post_process,
+            post_layer_norm=not config.post_layernorm,
             pg_collection=context.groups,
             vp_stage=stage.vp_stage,
         )
@@ -135,6 +143,15 @@ class BertChunk(VocabularyLoss):
             tp_group=context.groups.tp,
         )
 
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """As megatron-core's language models, unless there is no output layer to tie or to pad."""
+        if self._has_vocabulary:
+            return super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        metadata = {"dp_cp_group": self.pg_collection.dp_cp, **(metadata or {})}
+        return super(LanguageModule, self).sharded_state_dict(prefix, sharded_offsets, metadata)
+
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Called by the schedule with what the stage before sent."""
         self.encoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
@@ -164,7 +181,7 @@ class BertChunk(VocabularyLoss):
             positions = torch.arange(input_ids.size(1), device=input_ids.device).expand_as(input_ids)
             if self.has_tokentypes and tokentype_ids is None:
                 tokentype_ids = torch.zeros_like(input_ids)
-            states = self.embedding(input_ids, positions, tokentype_ids if self.has_tokentypes else None)
+            states = self._embed(input_ids, positions, tokentype_ids if self.has_tokentypes else None)
         rotary = None if self.rotary_pos_emb is None else self.rotary_pos_emb(input_ids.size(1))
         keys = (attention_mask == 0)[:, None, None, :]  # True is hidden
         states = self.encoder(hidden_states=states, attention_mask=keys, rotary_pos_emb=rotary)
@@ -180,3 +197,13 @@ class BertChunk(VocabularyLoss):
         if lm_labels is None:
             return logits.transpose(0, 1).contiguous(), binary
         return self.compute_language_model_loss(lm_labels, logits), binary
+
+    def _embed(self, tokens: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
+        """``[sequence, batch, hidden]``, split along the sequence under sequence parallelism."""
+        states = self.embedding(tokens, positions, types)
+        if self.embedding_layernorm is None:
+            return states
+        states = self.embedding_layernorm(states)
+        # Under sequence parallelism each rank drops other tokens.
+        with tensor_parallel.get_cuda_rng_tracker().fork() if self.config.sequence_parallel else nullcontext():
+            return F.dropout(states, self.config.hidden_dropout, self.training)

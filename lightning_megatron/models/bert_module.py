@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any, override
 
 import torch
@@ -39,6 +38,7 @@ class BertModule(LanguageModelModule):
     """
 
     data_on_every_stage = True  # every layer needs the padding mask
+    config_type = BertConfig
     config: BertConfig
 
     def __init__(
@@ -174,7 +174,3 @@ class BertModule(LanguageModelModule):
         if classes and int(labels.max()) >= (many or 0):
             raise DataError(f"The label {int(labels.max())} is none of num_labels={many} classes.")
         return labels
-
-    @override
-    def describe(self) -> dict[str, Any]:
-        return {"module": "BertModule", "config": asdict(self.config)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, override
 
 import torch
@@ -40,6 +39,7 @@ class T5Module(LanguageModelModule):
     """
 
     data_on_every_stage = True  # every layer needs the padding mask
+    config_type = T5Config
     config: T5Config
 
     def __init__(
@@ -106,10 +106,6 @@ class T5Module(LanguageModelModule):
         from lightning_megatron.generation.t5 import T5Decoder
 
         return T5Decoder(list(self.chunks), self.config, self.strategy.build_context.groups)
-
-    @override
-    def describe(self) -> dict[str, Any]:
-        return {"module": "T5Module", "config": asdict(self.config)}
 
 
 def _megatron_form(batch: Mapping[str, Any]) -> dict[str, Tensor]:

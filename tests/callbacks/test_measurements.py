@@ -218,7 +218,7 @@ def logged(directory: str, bar: str) -> list[str]:
 @pytest.mark.parametrize("bar", ["rich", pytest.param("tqdm", marks=SLOW)])
 def test_loggers_and_progress_bars(ranks: Any, tmp_path: Path, bar: str) -> None:
     shown = ranks.run(logged, 4, str(tmp_path), bar)
-    assert {"train_loss", "tokens_per_s", "mfu"} <= set(shown[0])
+    assert {"loss", "tokens_per_s", "mfu"} <= set(shown[0])
     with (tmp_path / "csv/version_0/metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == [1, 3]

@@ -15,7 +15,8 @@ from tests.checkpoint.runs import Case, make_module, make_trainer
 from tests.helpers import Record, SharedLoader
 from tests.ranks import RankPool
 
-CASE = Case(2, {"tensor_model_parallel_size": 2})
+TP2 = Case(2, {"tensor_model_parallel_size": 2})
+PP2 = Case(2, {"pipeline_model_parallel_size": 2})  # whose receives wait for ever
 TIMEOUT = 2.0
 
 
@@ -33,9 +34,9 @@ class Stop(pl.Callback):
             time.sleep(3600)
 
 
-def _stopped(rank: int, how: str) -> tuple[str, float]:
+def _stopped(case: Case, rank: int, how: str) -> tuple[str, float]:
     heartbeat, record = Heartbeat(TIMEOUT, interval=0.5, exit_after=1.0), Record()
-    trainer = make_trainer(CASE, heartbeat, record, Stop(rank, how), max_steps=6)
+    trainer = make_trainer(case, heartbeat, record, Stop(rank, how), max_steps=6)
     module = make_module()
     began = time.monotonic()
     try:
@@ -46,15 +47,18 @@ def _stopped(rank: int, how: str) -> tuple[str, float]:
 
 
 @pytest.mark.parametrize(
-    ("rank", "how"),
+    ("case", "rank", "how"),
     [
-        (1, "waiting"),
-        pytest.param(0, "frozen", marks=pytest.mark.slow),
-        pytest.param(1, "frozen", marks=pytest.mark.slow),
+        (TP2, 1, "waiting"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((TP2, 0, "frozen"), (PP2, 1, "frozen"), (PP2, 0, "waiting"))
+        ),
     ],
+    ids=["tp2-waiting", "tp2-frozen", "pp2-frozen", "pp2-waiting"],
 )
-def test_a_stopped_rank_frees_the_others(ranks: RankPool, rank: int, how: str) -> None:
-    results, errors = ranks.attempt(_stopped, 2, rank, how, timeout=15.0)
+def test_a_stopped_rank_frees_the_others(ranks: RankPool, case: Case, rank: int, how: str) -> None:
+    results, errors = ranks.attempt(_stopped, 2, case, rank, how, timeout=15.0)
     assert set(results) == {1 - rank}
     message, seconds = results[1 - rank]
     assert seconds < TIMEOUT + 12
@@ -67,7 +71,7 @@ def test_a_stopped_rank_frees_the_others(ranks: RankPool, rank: int, how: str) -
 
 def _healthy() -> int:
     heartbeat = Heartbeat(TIMEOUT, interval=0.2)
-    trainer = make_trainer(CASE, heartbeat, max_steps=4)
+    trainer = make_trainer(TP2, heartbeat, max_steps=4)
     module = make_module()
     trainer.fit(module, SharedLoader(module, length=160))
     time.sleep(TIMEOUT + 1.0)  # a fit that has ended may take its time

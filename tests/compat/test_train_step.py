@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import runpy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,14 +28,7 @@ from tests.ranks import RankPool
 KEYS, ALPHA = list(range(0, 128, 8)), 0.25
 
 
-class KeyTokenGPT(lm.GPTModule):
-    """Samples with more key tokens weigh more: the recipe, in one method."""
-
-    def loss(self, output: torch.Tensor, microbatch: Batch) -> lm.Loss:
-        mask = microbatch["loss_mask"]
-        per_sample = (output.float() * mask).sum(dim=1) / mask.sum(dim=1)
-        keys = torch.isin(microbatch["tokens"], torch.tensor(KEYS, device=output.device)).sum(dim=1)
-        return lm.Loss((per_sample * (1.0 + ALPHA * keys)).sum(), per_sample.numel())
+RECIPE = runpy.run_path(str(Path(__file__).parent.parent.parent / "recipes/custom_loss.py"))
 
 
 def _key_token_loss(kwargs: dict[str, Any]) -> Any:
@@ -87,7 +83,8 @@ class NewSignature(GPTTrainStep):
 
 
 def recipe() -> lm.GPTModule:
-    return KeyTokenGPT(gpt().config)
+    module: lm.GPTModule = RECIPE["KeyTokenGPT"](gpt().config, keytoken_ids=KEYS, alpha=ALPHA)
+    return module
 
 
 def adapted(step: Any) -> TrainStepModule:
@@ -96,6 +93,11 @@ def adapted(step: Any) -> TrainStepModule:
 
 def plain(make: Any, step: Any) -> TrainStepModule:
     return TrainStepModule(make(), step)
+
+
+def test_the_recipe_is_short() -> None:
+    source = inspect.getsource(RECIPE["KeyTokenGPT"].loss) + inspect.getsource(RECIPE["KeyTokenGPT"].__init__)
+    assert len(source.splitlines()) <= 25
 
 
 def test_key_token_loss(ranks: RankPool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -41,17 +42,23 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def run_recipe(name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """Run a recipe as from the shell."""
+    command = [sys.executable, str(ROOT / "recipes" / name), "trainer.accelerator=cpu", *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, timeout=580, check=False, env=environment)
+
+
 def pretrain(corpus: Path, run: Path, devices: int, overrides: Sequence[str]) -> list[float]:
     """Train a few steps; the losses that were logged."""
-    command = [
-        *(sys.executable, str(ROOT / "recipes/pretrain.py"), f"trainer.devices={devices}", f"run_dir={run}"),
+    result = run_recipe(
+        "pretrain.py",
+        *(f"trainer.devices={devices}", f"run_dir={run}"),
         *(f"data.data_path={corpus / 'corpus'}", f"data.tokenizer={corpus / 'tokenizer'}", "data.split='950,50,0'"),
         *("trainer.max_steps=10", "trainer.val_check_interval=10", "trainer.limit_val_batches=2", "optim.lr=2e-3"),
-        *("trainer.log_every_n_steps=1", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false"),
+        *("trainer.log_every_n_steps=1", "trainer.enable_progress_bar=false"),
         *overrides,
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=580, check=False, env=environment)
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     with (run / "csv/version_0/metrics.csv").open() as file:
         return [float(row["train_loss"]) for row in csv.DictReader(file) if row.get("train_loss")]
@@ -74,3 +81,29 @@ def test_pretraining(corpus: Path, tmp_path: Path, model: str, devices: int, ove
     assert len(losses) == 10
     assert losses[-1] < losses[0] - 0.5
     assert verify(tmp_path / "checkpoints/last.ckpt") == []
+
+
+@pytest.mark.parametrize(
+    ("model", "overrides", "layout"),
+    [("gpt_tiny", [], "tp2_pp2"), ("t5_tiny", ["data.objective=t5"], "pp2")],
+    ids=["gpt", "t5"],
+)
+def test_generation(corpus: Path, tmp_path: Path, model: str, overrides: list[str], layout: str) -> None:
+    """From a checkpoint that names its tokenizer, the same text at two layouts."""
+    pretrain(corpus, tmp_path / "run", 1, [f"model={model}", "trainer.max_steps=4", *overrides])
+    checkpoint = f"checkpoint={tmp_path / 'run/checkpoints/last.ckpt'}"
+    prompts = 'prompts=["Return a new","The module"]'
+    found = []
+    for how in ([], [f"parallel={layout}"]):
+        output = tmp_path / f"{len(found)}.jsonl"
+        more = ["generation=sampled", "generation.max_new_tokens=8", f"output={output}", *how]
+        result = run_recipe("generate.py", checkpoint, prompts, *more)
+        assert result.returncode == 0, result.stderr[-3000:]
+        found.append([json.loads(line) for line in output.read_text().splitlines()])
+    assert found[0] == found[1]
+    assert [line["prompt"] for line in found[0]] == ["Return a new", "The module"]
+    assert all(line["tokens"] for line in found[0])
+    wrong = run_recipe("generate.py", checkpoint, prompts, "generation.max_new_tokens=100000")
+    assert (wrong.returncode, "more than max_position_embeddings" in wrong.stderr) == (2, True)
+    wrong = run_recipe("generate.py", checkpoint, prompts, "generation.top_k=5")
+    assert (wrong.returncode, "top_k=5 changes nothing" in wrong.stderr) == (1, True)
