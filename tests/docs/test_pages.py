@@ -51,6 +51,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with IndexedDatasetWriter(directory / "corpus") as writer:
         for tokens in tokenizer(texts)["input_ids"]:
             writer.add_document([*tokens, tokenizer.eos_token_id])
+    pretrained(directory / "path" / "to" / "Qwen2.5-0.5B", tokenizer)
     for name in ("recipes", "conf"):
         (directory / name).symlink_to(ROOT / name)
     command = directory / "bin" / "lightning-megatron"
@@ -59,6 +60,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command.chmod(0o755)
     (directory / "bin" / "python").symlink_to(sys.executable)
     return directory
+
+
+def pretrained(path: Path, tokenizer: Any) -> None:
+    """A small model of the architecture that the pages name, without a download."""
+    import transformers
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.Qwen2Config(**sizes, intermediate_size=64, vocab_size=512, max_position_embeddings=64)
+    transformers.Qwen2ForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
 
 
 def shell(block: Block, place: Path) -> None:
