@@ -149,12 +149,17 @@ def gpt_block_spec(
 
 
 def bert_block_spec(
-    config: TransformerConfig, seed: int, vp_stage: int | None = None, *, post_layernorm: bool = False
+    config: TransformerConfig,
+    seed: int,
+    vp_stage: int | None = None,
+    *,
+    post_layernorm: bool = False,
+    fused: bool = False,
 ) -> TransformerBlockSubmodules:
-    """The encoder layers of one chunk of a BERT."""
+    """The encoder layers of one chunk of a BERT. ``fused`` is for those with norms before each block."""
     submodules = self_attention_submodules(get_gpt_layer_local_spec().submodules)
     submodules.self_attention.params["attn_mask_type"] = AttnMaskType.padding
-    module = PostNormLayer if post_layernorm else SeededTransformerLayer
+    module = PostNormLayer if post_layernorm else SeededFusedLayer if fused else SeededTransformerLayer
     if post_layernorm:
         submodules.input_layernorm = submodules.pre_mlp_layernorm = IdentityOp
     layer = ModuleSpec(module=module, submodules=submodules, params={"seed": seed})
