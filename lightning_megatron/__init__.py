@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from lightning_megatron.models.config import GPTConfig as GPTConfig
     from lightning_megatron.models.config import T5Config as T5Config
     from lightning_megatron.models.gpt_module import GPTModule as GPTModule
+    from lightning_megatron.models.registry import from_pretrained as from_pretrained
     from lightning_megatron.models.t5_module import T5Module as T5Module
     from lightning_megatron.module import MegatronModule as MegatronModule
     from lightning_megatron.optim.config import OptimizerConfig as OptimizerConfig
@@ -65,6 +66,7 @@ _HOMES = {
     "T5Module": "models.t5_module",
     "average_losses_across_data_parallel_group": "models.collectives",
     "gather_across_data_parallel_groups": "models.collectives",
+    "from_pretrained": "models.registry",
 }
 _SUBPACKAGES = ("callbacks", "checkpoint", "compat", "data", "generation", "planner")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, override
 
 import lightning.pytorch as pl
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from lightning_megatron.errors import DataError, ModuleError
 from lightning_megatron.optim.config import OptimizerConfig
+from lightning_megatron.progress import LateScalar
 from lightning_megatron.schedule import Batch, Loss, StepResult
 
 if TYPE_CHECKING:
@@ -41,6 +43,9 @@ class MegatronModule(pl.LightningModule):
     data_on_every_stage = False
     """Whether middle pipeline stages need the batch too, as models with a padding mask in each layer do."""
 
+    draws_initial_weights = True
+    """Whether chunks need initial weights; not if :meth:`fill_new_chunks` gives all of them."""
+
     def __init__(self, optimizer: OptimizerConfig | None = None) -> None:
         super().__init__()
         self.optimizer_config = optimizer or OptimizerConfig()
@@ -48,6 +53,7 @@ class MegatronModule(pl.LightningModule):
         self._built_in: BuildContext | None = None
         self.generation_config: GenerationConfig | None = None
         """What :meth:`predict_step` generates with."""
+        self._shown_loss = LateScalar()
         self._predicting: Engine | None = None
         self._predicted_prompts = 0
 
@@ -95,6 +101,9 @@ class MegatronModule(pl.LightningModule):
         """What a checkpoint tells about this model, in types that JSON has."""
         return {"module": type(self).__name__}
 
+    def fill_new_chunks(self) -> None:
+        """Called once on each rank, when :attr:`chunks` have their initial weights: put others in their place."""
+
     # ---------------------------------------------------------------------- Lightning's hooks
 
     @property
@@ -129,9 +138,12 @@ class MegatronModule(pl.LightningModule):
                 )
             weights = self.chunks.state_dict()
         with torch.random.fork_rng(devices=()):  # initial weights leave the generators of dropout and data alone
-            self.chunks = torch.nn.ModuleList(self.build_chunks(context))
+            drawn = replace(context, perform_initialization=weights is None and self.draws_initial_weights)
+            self.chunks = torch.nn.ModuleList(self.build_chunks(drawn))
         if weights is not None:
             self.chunks.load_state_dict(weights)
+        else:
+            self.fill_new_chunks()
         self._built_in = context
 
     @override
@@ -148,7 +160,10 @@ class MegatronModule(pl.LightningModule):
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         result = self.strategy.run_schedule(batch, forward_only=False)
-        self.log("train_loss", result.loss, prog_bar=True, batch_size=1)
+        self.log("train_loss", result.loss, batch_size=1)
+        shown = self._shown_loss.update(result.loss)
+        if shown is not None:
+            self.log("loss", shown, prog_bar=True, logger=False, batch_size=1)
         self._log_metrics("train_", result)
         return result.loss
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, override
 
 import lightning.pytorch as pl
+import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
@@ -26,6 +27,7 @@ from lightning_megatron.checkpoint.metadata import HasTokenizer
 from lightning_megatron.checkpoint.publish import local_path
 from lightning_megatron.checkpoint.run_state import RunState
 from lightning_megatron.checkpoint.saver import CheckpointOptions, Saver
+from lightning_megatron.checkpoint.together import Team
 from lightning_megatron.errors import LayoutError, ModuleError
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.models.config import TransformerModelConfig
@@ -102,6 +104,7 @@ class MegatronStrategy(DDPStrategy):
             num_layers_in_last_pipeline_stage=num_layers_in_last_pipeline_stage,
             pipeline_model_parallel_layout=pipeline_model_parallel_layout,
         )
+        self._forks = kwargs.get("start_method") == "fork"
         self._undecided = layout == "auto"
         if self._undecided and any(
             size is not None
@@ -202,6 +205,9 @@ class MegatronStrategy(DDPStrategy):
     @override
     def setup_environment(self) -> None:
         self.layout.data_parallel_size(self.world_size)  # before any process waits for another
+        if self._forks:
+            # OpenMP's threads stay in the notebook's process, and a fork that used more than one would wait for them.
+            torch.set_num_threads(1)
         super().setup_environment()
         core.use_device(self.root_device)
         if self._undecided:
@@ -580,6 +586,11 @@ class MegatronStrategy(DDPStrategy):
     def saving_in_background(self) -> bool:
         """Whether this rank is writing a checkpoint while training goes on."""
         return self._checkpoint_saver is not None and self._checkpoint_saver.busy
+
+    @property
+    def team(self) -> Team:
+        """All ranks, over a gloo group. Every rank asks for it first at the same time."""
+        return self._saver.team
 
     @property
     def _saver(self) -> Saver:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +13,7 @@ import pytest
 import lightning_megatron as lm
 from lightning_megatron.auto import Devices, Work, choose
 from lightning_megatron.planner import GIB, Constraints
-from tests.helpers import SharedLoader, plain_loader, quiet_trainer, tiny_config
+from tests.helpers import SEQUENCE, VOCAB, SharedLoader, plain_loader, quiet_trainer, tiny_config
 
 LLAMA = lm.GPTConfig.llama(
     num_layers=40, hidden_size=5120, num_attention_heads=40, ffn_hidden_size=13824, vocab_size=32000,
@@ -129,29 +132,38 @@ def test_layouts_that_cannot_be(arguments: dict[str, Any], message: str) -> None
         lm.MegatronStrategy(**arguments)
 
 
-def fit_auto(strategy: Any, devices: int = 4, memory: float | None = None) -> dict[str, Any]:
-    from lightning_megatron.backends import core
-
+@contextmanager
+def said() -> Iterator[list[str]]:
+    """What the strategy logs of its choice."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    handler.addFilter(lambda record: record.getMessage().startswith("MegatronStrategy('auto')"))
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
+
+
+def fit_auto(strategy: Any, devices: int = 4, memory: float | None = None) -> dict[str, Any]:
+    from lightning_megatron.backends import core
+
     original = core.device_name_and_memory
     if memory is not None:
         core.device_name_and_memory = lambda device: ("cpu", memory)
     try:
         module = lm.GPTModule(tiny_config())
         trainer = quiet_trainer(strategy() if callable(strategy) else strategy, devices, max_steps=2)
-        trainer.fit(module, SharedLoader(module))
-        loss = float(trainer.callback_metrics["train_loss"])
-        trainer.validate(module, SharedLoader(module))  # keeps what was decided
+        with said() as lines:
+            trainer.fit(module, SharedLoader(module))
+            loss = float(trainer.callback_metrics["train_loss"])
+            trainer.validate(module, SharedLoader(module))  # keeps what was decided
     finally:
         core.device_name_and_memory = original
-        logger.removeHandler(handler)
-    said = [line for line in lines if line.startswith("MegatronStrategy('auto')")]
-    return {"layout": str(trainer.strategy.layout), "said": said, "loss": loss, "step": trainer.global_step}
+    return {"layout": str(trainer.strategy.layout), "said": lines, "loss": loss, "step": trainer.global_step}
 
 
 def auto() -> lm.MegatronStrategy:
@@ -169,6 +181,22 @@ def test_training_in_a_chosen_layout(ranks: Any) -> None:
     kept = ranks.run(fit_auto, 4, auto_tp2)
     assert {r["layout"] for r in kept} == {"tp2_sp"}
     assert kept[0]["loss"] == pytest.approx(named[0]["loss"], abs=1e-5)
+
+
+def fit_data(prefix: str) -> str:
+    module = lm.GPTModule(tiny_config())
+    trainer = quiet_trainer(lm.MegatronStrategy("auto"), 2, max_steps=1, limit_val_batches=0)
+    data = lm.data.PretrainingData(prefix, seq_length=SEQUENCE, global_batch_size=4, split="1,0,0", num_workers=0)
+    with said() as lines:
+        trainer.fit(module, data)
+    return "".join(lines)
+
+
+def test_the_batch_is_the_data_modules(ranks: Any, tmp_path: Path) -> None:
+    with lm.data.IndexedDatasetWriter(tmp_path / "corpus") as writer:
+        writer.add_document([index % VOCAB for index in range(500)])
+    first, _ = ranks.run(fit_data, 2, str(tmp_path / "corpus"))
+    assert f"Batch: 4 x {SEQUENCE} tokens." in first
 
 
 def too_small() -> str:

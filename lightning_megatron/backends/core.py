@@ -90,6 +90,7 @@ with _quiet_import():
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.attention import CrossAttention, CrossAttentionSubmodules, SelfAttention
     from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.identity_op import IdentityOp
     from megatron.core.transformer.mlp import MLP, MLPSubmodules
     from megatron.core.transformer.module import Float16Module, param_is_not_shared
     from megatron.core.transformer.module import MegatronModule as CoreModule
@@ -156,6 +157,7 @@ __all__ = [
     "Float16Module",
     "Float16Optimizer",
     "GPTModel",
+    "IdentityOp",
     "LanguageModelEmbedding",
     "LanguageModule",
     "MLP",

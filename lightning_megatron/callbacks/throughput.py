@@ -145,8 +145,10 @@ class Throughput(Callback):
             others["tflops_per_device"] = flops / 1e12
             if self._peak:
                 shown["mfu"] = flops / self._peak
-        pl_module.log_dict(shown, prog_bar=True, batch_size=1)
-        pl_module.log_dict(others, batch_size=1)
+        # Tensors on the CPU, or Lightning would send the numbers to the device and wait for them to come back.
+        for numbers, prog_bar in ((shown, True), (others, False)):
+            tensors = {name: torch.tensor(number) for name, number in numbers.items()}
+            pl_module.log_dict(tensors, prog_bar=prog_bar, batch_size=1)
 
     # ------------------------------------------------------------ what lies between two steps and does not count
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo  # what every index of this format holds
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -51,6 +52,15 @@ class StoredChunk:
 
     key: str
     box: Box
+    file: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """Where an object that is no tensor lies. Those of megatron-core are lists in files of ``torch.save``."""
+
     file: str
     start: int
     length: int
@@ -92,8 +102,16 @@ def share_out(ranks: Sequence[Sequence[Outline]]) -> list[list[int]]:
     return [sorted(indices) for indices in chosen]
 
 
-def write_index(directory: Path, files: Iterable[tuple[WrittenFile, Sequence[Outline]]]) -> None:
-    """The index of all ranks' files, and the two files that megatron-core looks for beside it."""
+def write_index(
+    directory: Path,
+    files: Iterable[tuple[WrittenFile, Sequence[Outline]]],
+    objects: Mapping[str, StoredObject] | None = None,
+) -> None:
+    """The index of all ranks' files, and the two files that megatron-core looks for beside it.
+
+    Args:
+        objects: what others than this package expect to find beside the tensors.
+    """
     tensors: dict[str, Any] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
     written = list(files)
@@ -111,6 +129,9 @@ def write_index(directory: Path, files: Iterable[tuple[WrittenFile, Sequence[Out
             )
             tensor.chunks.append(ChunkStorageMetadata(offsets, sizes))
             start = end
+    for key, place in (objects or {}).items():
+        tensors[key] = BytesStorageMetadata()
+        places[MetadataIndex(key)] = _StorageInfo(place.file, place.start, place.length)
     with open(directory / INDEX_FILE, "wb") as index:
         pickle.dump(Metadata(tensors, storage_data=places), index)
     for name, text in _CORE_FILES.items():
@@ -157,6 +178,8 @@ class ShardFiles:
     chunks: dict[str, list[StoredChunk]]
     checksums: dict[tuple[str, int], int]
     """CRC-32 of the values of a chunk, by its file and start; empty for a checkpoint of megatron-core's own."""
+    objects: dict[str, StoredObject]
+    """What is not a tensor; this package writes none."""
 
     @classmethod
     def open(cls, directory: Path) -> ShardFiles:
@@ -175,13 +198,17 @@ class ShardFiles:
                 for key, tensor in _tensors(index)
                 for chunk in tensor.chunks
             }
+            objects: dict[str, StoredObject] = {}
             for at, place in index.storage_data.items():
+                file, start, length = str(place.relative_path), int(place.offset), int(place.length)
                 if at.fqn in chunks:
                     offsets = tuple(at.offset or ())
-                    box = Box(offsets, sizes[at.fqn, offsets])
-                    file, start = str(place.relative_path), int(place.offset)
-                    chunks[at.fqn].append(StoredChunk(at.fqn, box, file, start, int(place.length)))
-            return cls(directory, shapes, dtypes, chunks, _checksums(directory, chunks))
+                    chunks[at.fqn].append(
+                        StoredChunk(at.fqn, Box(offsets, sizes[at.fqn, offsets]), file, start, length)
+                    )
+                else:
+                    objects[at.fqn] = StoredObject(file, start, length)
+            return cls(directory, shapes, dtypes, chunks, _checksums(directory, chunks), objects)
         except OSError as error:
             raise CheckpointError(f"{directory} has no readable index {INDEX_FILE}: {error}") from error
         except Exception as error:  # a damaged pickle raises almost anything
@@ -206,6 +233,12 @@ class ShardFiles:
     def _maps(self) -> dict[str, memoryview]:
         return {}
 
+    def release(self) -> None:
+        """Give back the memory of files that were read; they are read again when they are needed again."""
+        for view in self._maps.values():
+            if hasattr(mmap, "MADV_DONTNEED"):
+                view.obj.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+
     def _map(self, name: str) -> memoryview:
         if name not in self._maps:
             path = self.directory / name
@@ -217,6 +250,18 @@ class ShardFiles:
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"{path}, which holds shards, cannot be read: {error}.") from error
         return self._maps[name]
+
+    def object_bytes(self, key: str) -> bytes:
+        """The file that an object that is no tensor makes; nothing of it is unpickled.
+
+        Raises:
+            CheckpointError: a file is missing or cut short.
+        """
+        place = self.objects[key]
+        data = bytes(self._map(place.file)[place.start : place.start + place.length])
+        if len(data) != place.length:
+            raise CheckpointError(f"{self.directory / place.file} is cut short, before the end of {key}.")
+        return data
 
     def read(self, key: str, box: Box, into: Tensor) -> int:
         """Copy what the checkpoint has of a box, casting to the type of ``into``.

@@ -20,6 +20,7 @@ COMMANDS = {
     "preprocess": "text, JSONL, Parquet or Hugging Face datasets to indexed datasets; inspect, merge",
     "plan": "memory, time and layout of a run, before it starts",
     "config": "a configuration by questions, by flags, or from Accelerate's",
+    "convert": "checkpoints of Hugging Face, Megatron-LM and this package into each other",
     "generate": "text from a checkpoint, over tensor and pipeline parallel ranks",
     "schedule": "the learning rate of a run, drawn before it starts",
     "report": "one HTML page of a run: curves, layout, checkpoints, configuration",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_megatron.interop.architecture import Architecture, need
 from lightning_megatron.interop.mapping import FusedQKV, PaddedVocabulary, Table, Transposed, rule
 from lightning_megatron.models.config import GPTConfig
 
@@ -24,6 +25,7 @@ def config(theirs: Mapping[str, Any]) -> GPTConfig:
         raise ValueError(f"activation_function={theirs['activation_function']!r} is none of {sorted(_ACTIVATIONS)}.")
     if theirs.get("scale_attn_by_inverse_layer_idx") or not theirs.get("scale_attn_weights", True):
         raise ValueError("Only attention scaled by the root of the head's width is supported.")
+    need(theirs, add_cross_attention=False)
     return GPTConfig(
         num_layers=theirs["n_layer"],
         hidden_size=theirs["n_embd"],
@@ -37,6 +39,42 @@ def config(theirs: Mapping[str, Any]) -> GPTConfig:
         attention_dropout=theirs["attn_pdrop"],
         init_method_std=theirs["initializer_range"],
     )
+
+
+def fields(config: GPTConfig) -> dict[str, Any]:
+    """A ``GPT2Config``'s fields from our configuration.
+
+    Raises:
+        ValueError: a choice that GPT-2 does not have.
+    """
+    need(
+        config,
+        normalization="LayerNorm",
+        position_embedding_type="learned_absolute",
+        gated_linear_unit=False,
+        add_bias_linear=True,
+        share_embeddings_and_output_weights=True,
+        num_moe_experts=None,
+    )
+    if config.add_qkv_bias is False or config.activation == "silu":
+        raise ValueError("GPT-2 has biases everywhere and no silu.")
+    need(config, num_query_groups=config.num_query_groups and config.num_attention_heads)
+    need(config, kv_channels=config.kv_channels and config.hidden_size // config.num_attention_heads)
+    return {
+        "n_layer": config.num_layers,
+        "n_embd": config.hidden_size,
+        "n_head": config.num_attention_heads,
+        "n_inner": config.ffn_size,
+        "vocab_size": config.vocab_size,
+        "n_positions": config.max_position_embeddings,
+        "layer_norm_epsilon": config.layernorm_epsilon,
+        "activation_function": {"gelu_tanh": "gelu_new"}.get(config.activation, config.activation),
+        "resid_pdrop": config.hidden_dropout,
+        "embd_pdrop": config.hidden_dropout,
+        "attn_pdrop": config.attention_dropout,
+        "initializer_range": config.init_method_std,
+        "tie_word_embeddings": True,
+    }
 
 
 def table(config: GPTConfig) -> Table:
@@ -61,3 +99,17 @@ def table(config: GPTConfig) -> Table:
         rule("decoder.final_layernorm.weight", "transformer.ln_f.weight"),
         rule("decoder.final_layernorm.bias", "transformer.ln_f.bias"),
     )
+
+
+ARCHITECTURE = Architecture(
+    model_type="gpt2",
+    config_type=GPTConfig,
+    read=lambda theirs, names: config(theirs),
+    write=fields,
+    table=table,
+    class_name=lambda config: "GPT2LMHeadModel",
+    prefix="transformer.",
+    heads=("lm_head.*",),
+    # Masks were buffers once.
+    ignored=lambda config: (*IGNORED, "transformer.h.*.attn.bias", "transformer.h.*.attn.masked_bias"),
+)

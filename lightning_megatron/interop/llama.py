@@ -1,10 +1,11 @@
-"""Llama: ``LlamaForCausalLM`` of Hugging Face."""
+"""Llama: ``LlamaForCausalLM`` of Hugging Face, and what Mistral and Qwen2 share with it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_megatron.interop.architecture import Architecture, need
 from lightning_megatron.interop.mapping import QKV, PaddedVocabulary, Stacked, Table, rule
 from lightning_megatron.models.config import GPTConfig
 
@@ -22,10 +23,22 @@ def config(theirs: Mapping[str, Any]) -> GPTConfig:
     Raises:
         ValueError: a choice that this model does not have.
     """
-    if theirs["hidden_act"] != "silu":
-        raise ValueError(f"hidden_act={theirs['hidden_act']!r}, but only 'silu' is supported.")
     if theirs.get("mlp_bias") or theirs.get("attention_bias"):
         raise ValueError("attention_bias and mlp_bias are not supported for Llama.")
+    return shared_config(theirs)
+
+
+def shared_config(theirs: Mapping[str, Any], **changes: Any) -> GPTConfig:
+    """Our configuration from the fields that Llama, Mistral and Qwen2 share.
+
+    Args:
+        changes: fields of ours that one of them sets otherwise.
+
+    Raises:
+        ValueError: a choice that this model does not have.
+    """
+    if theirs["hidden_act"] != "silu":
+        raise ValueError(f"hidden_act={theirs['hidden_act']!r}, but only 'silu' is supported.")
     rope = theirs.get("rope_parameters") or {}
     kind = rope.get("rope_type", "default")
     stretched = kind == "llama3"
@@ -36,7 +49,7 @@ def config(theirs: Mapping[str, Any]) -> GPTConfig:
         hidden_size=theirs["hidden_size"],
         num_attention_heads=theirs["num_attention_heads"],
         num_query_groups=theirs["num_key_value_heads"],
-        kv_channels=theirs["head_dim"],
+        kv_channels=theirs.get("head_dim") or theirs["hidden_size"] // theirs["num_attention_heads"],
         ffn_hidden_size=theirs["intermediate_size"],
         vocab_size=theirs["vocab_size"],
         max_position_embeddings=theirs["max_position_embeddings"],
@@ -48,7 +61,65 @@ def config(theirs: Mapping[str, Any]) -> GPTConfig:
         rope_scaling_factor=rope["factor"] if stretched else 8.0,
         seq_len_interpolation_factor=rope["factor"] if kind == "linear" else None,
         share_embeddings_and_output_weights=theirs["tie_word_embeddings"],
+    ).replace(**changes)
+
+
+def sliding_window(theirs: Mapping[str, Any]) -> dict[str, int]:
+    """Our change for attention to the last ``sliding_window`` tokens alone.
+
+    Up to that length it is full attention; longer sequences are refused.
+    """
+    window, longest = theirs.get("sliding_window"), theirs["max_position_embeddings"]
+    return {} if window is None or window >= longest else {"max_position_embeddings": window}
+
+
+def fields(config: GPTConfig) -> dict[str, Any]:
+    """A ``LlamaConfig``'s fields from our configuration.
+
+    Raises:
+        ValueError: a choice that Llama does not have.
+    """
+    if config.add_qkv_bias:
+        raise ValueError("add_qkv_bias=True, where only False is possible.")
+    return {**shared_fields(config), "head_dim": config.head_size, "attention_bias": False, "mlp_bias": False}
+
+
+def shared_fields(config: GPTConfig) -> dict[str, Any]:
+    """The fields that Llama, Mistral and Qwen2 share, from our configuration.
+
+    Raises:
+        ValueError: a choice that none of them has.
+    """
+    need(
+        config,
+        normalization="RMSNorm",
+        position_embedding_type="rope",
+        activation="silu",
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        rotary_percent=1.0,
+        num_moe_experts=None,
     )
+    rope: dict[str, Any] = {"rope_theta": config.rotary_base, "rope_type": "default"}
+    if config.rope_scaling:
+        rope |= {"rope_type": "llama3", "factor": config.rope_scaling_factor, **_LLAMA_3}
+    elif config.seq_len_interpolation_factor is not None:
+        rope |= {"rope_type": "linear", "factor": config.seq_len_interpolation_factor}
+    return {
+        "num_hidden_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_query_groups or config.num_attention_heads,
+        "intermediate_size": config.ffn_size,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.layernorm_epsilon,
+        "initializer_range": config.init_method_std,
+        "attention_dropout": config.attention_dropout,
+        "hidden_act": "silu",
+        "rope_parameters": rope,
+        "tie_word_embeddings": config.share_embeddings_and_output_weights,
+    }
 
 
 def table(config: GPTConfig) -> Table:
@@ -56,12 +127,20 @@ def table(config: GPTConfig) -> Table:
     n, ours, theirs = config.num_layers, "decoder.layers.{}.", "model.layers.{}."
     qkv = QKV(config.num_attention_heads, config.num_query_groups or config.num_attention_heads)
     vocabulary = PaddedVocabulary(config.vocab_size, config.padded_vocab_size(1))
-    projections = tuple(f"{theirs}self_attn.{name}_proj.weight" for name in "qkv")
+    kinds = ("weight", "bias") if config.add_qkv_bias else ("weight",)
     untied = rule("output_layer.weight", "lm_head.weight", transform=vocabulary)
     return (
         rule("embedding.word_embeddings.weight", "model.embed_tokens.weight", transform=vocabulary),
         rule(f"{ours}input_layernorm.weight", f"{theirs}input_layernorm.weight", layers=n),
-        rule(f"{ours}self_attention.linear_qkv.weight", *projections, transform=qkv, layers=n),
+        *(
+            rule(
+                f"{ours}self_attention.linear_qkv.{kind}",
+                *(f"{theirs}self_attn.{name}_proj.{kind}" for name in "qkv"),
+                transform=qkv,
+                layers=n,
+            )
+            for kind in kinds
+        ),
         rule(f"{ours}self_attention.linear_proj.weight", f"{theirs}self_attn.o_proj.weight", layers=n),
         rule(f"{ours}pre_mlp_layernorm.weight", f"{theirs}post_attention_layernorm.weight", layers=n),
         rule(
@@ -75,3 +154,16 @@ def table(config: GPTConfig) -> Table:
         rule("decoder.final_layernorm.weight", "model.norm.weight"),
         *(() if config.share_embeddings_and_output_weights else (untied,)),
     )
+
+
+ARCHITECTURE = Architecture(
+    model_type="llama",
+    config_type=GPTConfig,
+    read=lambda theirs, names: config(theirs),
+    write=fields,
+    table=table,
+    class_name=lambda config: "LlamaForCausalLM",
+    prefix="model.",
+    heads=("lm_head.*",),
+    ignored=lambda config: (*ignored(config), "*.rotary_emb.inv_freq"),
+)

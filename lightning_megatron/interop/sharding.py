@@ -24,6 +24,8 @@ class Piece:
     """Where in the whole tensor."""
     tensor: Tensor
     """The part itself, in the memory of the chunk's parameter or buffer."""
+    shape: tuple[int, ...] | None = None
+    """Of the whole tensor."""
 
 
 def pieces(chunk: Any) -> Iterator[Piece]:
@@ -37,7 +39,7 @@ def pieces(chunk: Any) -> Iterator[Piece]:
                 slice(start, start + size)
                 for start, size in zip(offsets[prepended:], shape[-shard.data.dim() :], strict=True)
             )
-            yield Piece(name, place, shard.data)
+            yield Piece(name, place, shard.data, tuple(shard.global_shape[prepended:]))
 
 
 def _shards(entry: Any) -> Iterator[ShardedTensor]:
@@ -97,7 +99,9 @@ def join(parts: Iterator[Piece] | list[Piece]) -> dict[str, Tensor]:
     for piece in parts:
         size = sizes.setdefault(piece.name, [0] * len(piece.place))
         sizes[piece.name] = [max(a, place.stop) for a, place in zip(size, piece.place, strict=True)]
-    whole = {name: torch.zeros(size) for name, size in sizes.items()}
+    whole: dict[str, Tensor] = {}
     for piece in parts:
-        whole[piece.name][piece.place] = piece.tensor.to(whole[piece.name].dtype)
+        if piece.name not in whole:
+            whole[piece.name] = torch.zeros(sizes[piece.name], dtype=piece.tensor.dtype)
+        whole[piece.name][piece.place] = piece.tensor
     return whole

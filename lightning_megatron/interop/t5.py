@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from lightning_megatron.interop.architecture import Architecture, need
 from lightning_megatron.interop.mapping import KV, QKV, PaddedVocabulary, Rule, Stacked, Table, rule
 from lightning_megatron.models.config import T5Config
 
@@ -49,6 +51,57 @@ def config(theirs: Mapping[str, Any], *, tied: bool) -> T5Config:
         share_embeddings_and_output_weights=tied,
         scale_decoder_output=bool(theirs.get("scale_decoder_outputs")) and theirs["model_type"] == "t5",
     )
+
+
+def fields(config: T5Config) -> dict[str, Any]:
+    """A ``T5Config``'s fields from our configuration.
+
+    Raises:
+        ValueError: a choice that T5 does not have.
+    """
+    need(
+        config,
+        normalization="RMSNorm",
+        position_embedding_type="relative",
+        add_bias_linear=False,
+        scale_attention=False,
+        attention_dropout=config.hidden_dropout,
+    )
+    if config.add_qkv_bias or (config.num_query_groups or config.num_attention_heads) != config.num_attention_heads:
+        raise ValueError("T5 has neither biases nor query groups.")
+    names = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
+    gate = "gated-" if config.gated_linear_unit else ""
+    # "gated-gelu" means the approximation by tanh, for historical reasons.
+    act = "gelu" if gate and config.activation == "gelu_tanh" else names[config.activation]
+    if gate and config.activation == "gelu":
+        raise ValueError("T5 cannot gate by an exact GELU.")
+    return {
+        "num_layers": config.num_layers,
+        "num_decoder_layers": config.decoder_layers,
+        "d_model": config.hidden_size,
+        "num_heads": config.num_attention_heads,
+        "d_kv": config.head_size,
+        "d_ff": config.ffn_size,
+        "vocab_size": config.vocab_size,
+        "layer_norm_epsilon": config.layernorm_epsilon,
+        "feed_forward_proj": gate + act,
+        "dropout_rate": config.hidden_dropout,
+        "relative_attention_num_buckets": config.relative_attention_num_buckets,
+        "relative_attention_max_distance": config.relative_attention_max_distance,
+        # transformers before version 5 takes both from the first, version 5 ties unless the files differ.
+        "tie_word_embeddings": config.share_embeddings_and_output_weights,
+        "scale_decoder_outputs": config.scale_decoder_output,
+        "decoder_start_token_id": 0,
+    }
+
+
+def _mt5_fields(config: T5Config) -> dict[str, Any]:
+    need(config, scale_decoder_output=False)
+    return fields(config)
+
+
+def _read(theirs: Mapping[str, Any], names: Any) -> T5Config:
+    return config(theirs, tied="lm_head.weight" not in names)
 
 
 def table(config: T5Config) -> Table:
@@ -105,3 +158,18 @@ def _stack(config: T5Config, stack: str, layers: int) -> tuple[Rule, ...]:
         rule(f"{ours}mlp.linear_fc2.weight", f"{mlp}wo.weight", layers=layers),
         rule(f"{stack}.final_layernorm.weight", f"{stack}.final_layer_norm.weight"),
     )
+
+
+ARCHITECTURE = Architecture(
+    model_type="t5",
+    config_type=T5Config,
+    read=_read,
+    write=fields,
+    table=table,
+    class_name=lambda config: "T5ForConditionalGeneration",
+    ignored=lambda config: (*ignored(config), "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"),
+)
+
+MT5 = replace(
+    ARCHITECTURE, model_type="mt5", write=_mt5_fields, class_name=lambda config: "MT5ForConditionalGeneration"
+)

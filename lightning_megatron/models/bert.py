@@ -6,6 +6,7 @@ asks which stage it is without regard for interleaving; what it adds to a block 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from lightning_megatron.backends.core import (
     CoreModule,
     LanguageModelEmbedding,
+    LanguageModule,
     ModelType,
     RotaryEmbedding,
     TransformerBlock,
@@ -22,6 +24,7 @@ from lightning_megatron.backends.core import (
 )
 from lightning_megatron.backends.core import TransformerConfig as CoreConfig
 from lightning_megatron.models.config import BertConfig
+from lightning_megatron.models.fused import FusedLoss, TensorParallel
 from lightning_megatron.models.specs import TorchNorm, bert_block_spec, layer_seed
 from lightning_megatron.models.transformer_config import BuildContext, Stage
 from lightning_megatron.models.vocabulary import VocabularyLoss
@@ -39,7 +42,7 @@ def _linear(config: CoreConfig, outputs: int, *, of_sequence: bool = False) -> t
 
 
 class BertLMHead(CoreModule):
-    """What comes between the encoder and the vocabulary: a dense layer, GELU and a norm."""
+    """What comes between the encoder and the vocabulary: a dense layer, the model's activation and a norm."""
 
     def __init__(self, config: CoreConfig) -> None:
         super().__init__(config)
@@ -48,7 +51,7 @@ class BertLMHead(CoreModule):
 
     def forward(self, states: Tensor) -> Tensor:
         """``[sequence, batch, hidden]`` to the same."""
-        return self.layer_norm(F.gelu(self.dense(states)))
+        return self.layer_norm(self.config.activation_func(self.dense(states)))
 
 
 class BertPooler(CoreModule):
@@ -69,12 +72,14 @@ class BertPooler(CoreModule):
 class BertChunk(VocabularyLoss):
     """One chunk of a BERT: all of it, or the layers of one (virtual) pipeline stage."""
 
-    def __init__(self, config: BertConfig, core_config: CoreConfig, context: BuildContext, stage: Stage) -> None:
+    def __init__(
+        self, config: BertConfig, core_config: CoreConfig, context: BuildContext, stage: Stage, *, fused: bool = False
+    ) -> None:
         super().__init__(config=core_config, pg_collection=context.groups)
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process, self.vp_stage = stage.pre_process, stage.post_process, stage.vp_stage
-        # A head of fine-tuning has no vocabulary.
-        tied = config.share_embeddings_and_output_weights and config.num_labels is None
+        self._has_vocabulary = config.num_labels is None  # a head of fine-tuning has none
+        tied = config.share_embeddings_and_output_weights and self._has_vocabulary
         self.share_embeddings_and_output_weights = tied
         self.has_tokentypes = config.num_tokentypes > 0
         padded = config.padded_vocab_size(context.layout.tensor_model_parallel_size)
@@ -88,6 +93,11 @@ class BertChunk(VocabularyLoss):
                 num_tokentypes=config.num_tokentypes,
                 tp_group=context.groups.tp,
             )
+            if config.post_layernorm:
+                self.embedding.embedding_dropout = torch.nn.Identity()  # comes after the norm
+        self.embedding_layernorm: torch.nn.Module | None = None
+        if self.pre_process and config.post_layernorm:
+            self.embedding_layernorm = TorchNorm(core_config, config.hidden_size, config.layernorm_epsilon)
         self.rotary_pos_emb: RotaryEmbedding | None = None
         if config.position_embedding_type == "rope":
             self.rotary_pos_emb = RotaryEmbedding(
@@ -98,9 +108,12 @@ class BertChunk(VocabularyLoss):
             )
         self.encoder = TransformerBlock(
             config=core_config,
-            spec=bert_block_spec(core_config, context.seed, stage.vp_stage),
+            spec=bert_block_spec(
+                core_config, context.seed, stage.vp_stage, post_layernorm=config.post_layernorm, fused=fused
+            ),
             pre_process=self.pre_process,
             post_process=self.post_process,
+            post_layer_norm=not config.post_layernorm,
             pg_collection=context.groups,
             vp_stage=stage.vp_stage,
         )
@@ -112,6 +125,11 @@ class BertChunk(VocabularyLoss):
         if config.num_labels is None and (self.pre_process or self.post_process):
             self.setup_embeddings_and_output_layer()
         self.set_vocabulary(config, context)
+        self._fused_loss = None
+        if fused:
+            ranks = context.groups.tp.size()
+            parallel = TensorParallel(context.groups.tp, ranks, context.layout.sequence_parallel)
+            self._fused_loss = FusedLoss(config.vocab_size, padded, parallel)
 
     def _build_heads(self, config: BertConfig, core_config: CoreConfig, context: BuildContext, padded: int) -> None:
         torch.manual_seed(layer_seed(context.seed, 0) + 3)
@@ -135,6 +153,15 @@ class BertChunk(VocabularyLoss):
             tp_group=context.groups.tp,
         )
 
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """As megatron-core's language models, unless there is no output layer to tie or to pad."""
+        if self._has_vocabulary:
+            return super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        metadata = {"dp_cp_group": self.pg_collection.dp_cp, **(metadata or {})}
+        return super(LanguageModule, self).sharded_state_dict(prefix, sharded_offsets, metadata)
+
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Called by the schedule with what the stage before sent."""
         self.encoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
@@ -142,7 +169,7 @@ class BertChunk(VocabularyLoss):
     def forward(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor,
+        attention_mask: Tensor | None,
         tokentype_ids: Tensor | None = None,
         lm_labels: Tensor | None = None,
     ) -> Any:
@@ -150,7 +177,7 @@ class BertChunk(VocabularyLoss):
 
         Args:
             input_ids: ``[batch, sequence]``
-            attention_mask: ``[batch, sequence]``, 1 where a token is real.
+            attention_mask: ``[batch, sequence]``, 1 where a token is real; ``None`` if all are.
             tokentype_ids: ``[batch, sequence]``, the segment of each token.
             lm_labels: ``[batch, sequence]``
 
@@ -164,9 +191,9 @@ class BertChunk(VocabularyLoss):
             positions = torch.arange(input_ids.size(1), device=input_ids.device).expand_as(input_ids)
             if self.has_tokentypes and tokentype_ids is None:
                 tokentype_ids = torch.zeros_like(input_ids)
-            states = self.embedding(input_ids, positions, tokentype_ids if self.has_tokentypes else None)
+            states = self._embed(input_ids, positions, tokentype_ids if self.has_tokentypes else None)
         rotary = None if self.rotary_pos_emb is None else self.rotary_pos_emb(input_ids.size(1))
-        keys = (attention_mask == 0)[:, None, None, :]  # True is hidden
+        keys = None if attention_mask is None else (attention_mask == 0)[:, None, None, :]  # True is hidden
         states = self.encoder(hidden_states=states, attention_mask=keys, rotary_pos_emb=rotary)
         if not self.post_process:
             return states
@@ -176,7 +203,23 @@ class BertChunk(VocabularyLoss):
         binary = None if self.binary_head is None else self.binary_head(pooled)
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else None
-        logits, _ = self.output_layer(self.lm_head(states), weight=weight)
+        states = self.lm_head(states)
+        if lm_labels is not None and self._fused_loss is not None and self.kept_logits is None:
+            losses = self._fused_loss(
+                hidden_states=states, output_layer=self.output_layer, output_weight=weight, labels=lm_labels
+            )
+            return losses, binary
+        logits, _ = self.output_layer(states, weight=weight)
         if lm_labels is None:
             return logits.transpose(0, 1).contiguous(), binary
         return self.compute_language_model_loss(lm_labels, logits), binary
+
+    def _embed(self, tokens: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
+        """``[sequence, batch, hidden]``, split along the sequence under sequence parallelism."""
+        states = self.embedding(tokens, positions, types)
+        if self.embedding_layernorm is None:
+            return states
+        states = self.embedding_layernorm(states)
+        # Under sequence parallelism each rank drops other tokens.
+        with tensor_parallel.get_cuda_rng_tracker().fork() if self.config.sequence_parallel else nullcontext():
+            return F.dropout(states, self.config.hidden_dropout, self.training)

@@ -199,6 +199,7 @@ class GPTConfig(TransformerModelConfig):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BertConfig(TransformerModelConfig):
     """An encoder with a masked-token head, as Megatron-LM's BERT: layer norms before each block (arXiv:1909.08053).
+    With ``post_layernorm`` the original BERT.
 
     Raises:
         ValueError: as for :class:`TransformerModelConfig`, and for a count of labels below one.
@@ -212,6 +213,8 @@ class BertConfig(TransformerModelConfig):
     """Segments that a token can belong to; 0 for none."""
     add_binary_head: bool = True
     """Predict whether two segments are in order (or follow each other) from the first token."""
+    post_layernorm: bool = False
+    """Norms after each block's residual and after the embedding, as the original BERT has them (arXiv:1810.04805)."""
     share_embeddings_and_output_weights: bool = True
     num_labels: int | None = None
     """For fine-tuning: classes of a sequence, or 1 for regression, in place of the pre-training heads."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, override
 
 import torch
@@ -45,6 +44,7 @@ class GPTModule(LanguageModelModule):
     """Run layers and loss as fused kernels (:mod:`lightning_megatron.models.fused`); ``None`` means on CUDA."""
 
     supports_context_parallel = True
+    config_type = GPTConfig
     config: GPTConfig
 
     def __init__(
@@ -150,10 +150,6 @@ class GPTModule(LanguageModelModule):
         raise DataError(
             f"A GPT batch needs 'tokens' and 'labels', or 'input_ids', or 'text', but has the keys {sorted(batch)}."
         )
-
-    @override
-    def describe(self) -> dict[str, Any]:
-        return {"module": "GPTModule", "config": asdict(self.config)}
 
     @override
     def build_decoder(self) -> Decoder:

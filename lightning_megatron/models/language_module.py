@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, override
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, override
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_megatron.errors import DataError, LayoutError
+from lightning_megatron.errors import CheckpointError, DataError, LayoutError
 from lightning_megatron.models.config import TransformerModelConfig
 from lightning_megatron.models.context_parallel import cut_sequence, restore_sequence
 from lightning_megatron.models.parameters import parameter_report
@@ -19,6 +21,9 @@ from lightning_megatron.models.transformer_config import BuildContext
 from lightning_megatron.module import MegatronModule
 from lightning_megatron.optim.config import OptimizerConfig
 from lightning_megatron.schedule import Batch
+
+if TYPE_CHECKING:
+    from lightning_megatron.interop.hugging_face import HuggingFaceDirectory
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +44,12 @@ class LanguageModelModule(MegatronModule):
         data_on_every_stage: give middle pipeline stages the batch too, for masks that every layer needs.
     """
 
+    config_type: ClassVar[type[TransformerModelConfig]]
+    """The configuration that the constructor takes."""
     config: TransformerModelConfig
     supports_context_parallel = False
+    pretrained: HuggingFaceDirectory | None = None
+    """Where the initial weights come from, if :meth:`from_pretrained` made the module."""
 
     def __init__(
         self,
@@ -55,6 +64,86 @@ class LanguageModelModule(MegatronModule):
         self.return_logits = return_logits
         if data_on_every_stage is not None:
             self.data_on_every_stage = data_on_every_stage
+
+    # ------------------------------------------------------------------ Hugging Face
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        optimizer: OptimizerConfig | None = None,
+        *,
+        return_logits: ReturnLogits = False,
+        **changes: Any,
+    ) -> Self:
+        """A module with the configuration and the weights of a directory of Hugging Face.
+
+        Its chunks are built and filled at the layout of the Trainer that first runs it, where each rank reads only its
+        own parts of the safetensors. :func:`lightning_megatron.from_pretrained` finds the class by itself.
+
+        Args:
+            path: a directory with ``config.json`` and safetensors; see :mod:`lightning_megatron.interop`.
+            changes: fields of the configuration to set otherwise, such as ``hidden_dropout=0.0``. With
+                ``num_labels`` a BERT gets a head for fine-tuning, with initial weights if the directory has none.
+
+        Raises:
+            CheckpointError: no such directory, one that is incomplete or damaged, or a model of another kind.
+        """
+        from lightning_megatron.interop.hugging_face import HuggingFaceDirectory
+
+        opened = HuggingFaceDirectory.open(path, **changes)
+        if not isinstance(opened.config, cls.config_type):
+            kind = type(opened.config).__name__.removesuffix("Config")
+            raise CheckpointError(
+                f"{path} holds a {opened.architecture.model_type}, which {cls.__name__} cannot be. Use "
+                f"{kind}Module.from_pretrained, or lightning_megatron.from_pretrained."
+            )
+        build: Any = cls  # a class of GPT's, BERT's or T5's, whose constructors begin with the configuration
+        module: Self = build(opened.config, optimizer, return_logits=return_logits)
+        module.pretrained, module.draws_initial_weights = opened, False
+        return module
+
+    def save_pretrained(
+        self,
+        path: str | Path,
+        max_shard_size: int | str = "200MB",
+        *,
+        model_type: str | None = None,
+        dtype: torch.dtype | None = None,
+        tokenizer: Any = None,
+    ) -> None:
+        """Write a directory that ``AutoModel...from_pretrained`` of transformers loads. Every rank calls this, after or
+        inside fit, validate, test or predict; rank 0 writes, holding one tensor at a time.
+
+        Args:
+            path: a new or empty directory.
+            max_shard_size: of each safetensors file, in bytes or as ``"5GB"``.
+            model_type: which architecture, if several have the model; ``None`` is the one it was loaded from, or else
+                the first that fits.
+            dtype: ``None`` keeps the weights' own.
+            tokenizer: one of transformers, or where to load it from; ``None`` copies that of the directory that the
+                module was loaded from.
+
+        Raises:
+            CheckpointError: on every rank: something is there, no architecture of Hugging Face has this model, or
+                writing failed.
+        """
+        from lightning_megatron.interop.gathered import save_gathered
+        from lightning_megatron.interop.hugging_face import SaveOptions
+
+        save_gathered(self, Path(path), SaveOptions(max_shard_size, model_type, dtype, tokenizer))
+
+    @override
+    def describe(self) -> dict[str, Any]:
+        described = {"module": f"{self.config_type.__name__.removesuffix('Config')}Module"}
+        described |= {"config": asdict(self.config)}  # type: ignore[dict-item]
+        return described if self.pretrained is None else described | {"hugging_face": dict(self.pretrained.theirs)}
+
+    @override
+    def fill_new_chunks(self) -> None:
+        if self.pretrained is not None:
+            pretrained, chunks = self.pretrained, list(self.chunks)
+            self.strategy.team.do(f"Loading {pretrained.path}", lambda: pretrained.fill(chunks))
 
     @override
     def configure_model(self) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from lightning_megatron.models.config import BertConfig, GPTConfig, T5Config, TransformerModelConfig
+from lightning_megatron.models.language_module import LanguageModelModule, ReturnLogits
 from lightning_megatron.module import MegatronModule
 from lightning_megatron.optim.config import OptimizerConfig
 
@@ -24,3 +28,20 @@ def module_for(config: TransformerModelConfig, optimizer: OptimizerConfig | None
     if isinstance(config, T5Config):
         return T5Module(config, optimizer)
     raise TypeError(f"{type(config).__name__} is the configuration of no known model.")
+
+
+def from_pretrained(
+    path: str | Path, optimizer: OptimizerConfig | None = None, *, return_logits: ReturnLogits = False, **changes: Any
+) -> LanguageModelModule:
+    """The module of a directory of Hugging Face, of the class that its architecture asks for.
+
+    See :meth:`~lightning_megatron.models.language_module.LanguageModelModule.from_pretrained` for arguments.
+
+    Raises:
+        CheckpointError: no such directory, one that is incomplete or damaged, or an unsupported architecture.
+    """
+    from lightning_megatron.interop.hugging_face import HuggingFaceDirectory
+
+    module = module_for(HuggingFaceDirectory.open(path, **changes).config)
+    assert isinstance(module, LanguageModelModule)
+    return type(module).from_pretrained(path, optimizer, return_logits=return_logits, **changes)

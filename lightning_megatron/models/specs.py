@@ -14,6 +14,7 @@ from lightning_megatron.backends.core import (
     AttnMaskType,
     CrossAttention,
     CrossAttentionSubmodules,
+    IdentityOp,
     MLPSubmodules,
     ModuleSpec,
     TransformerBlockSubmodules,
@@ -75,6 +76,30 @@ class SeededFusedLayer(SeededTransformerLayer, FusedTransformerLayer):
     """The same weights, run as fused blocks."""
 
 
+class PostNormLayer(SeededTransformerLayer):
+    """A layer whose norms come after its residuals, as the original BERT has it (arXiv:1810.04805)."""
+
+    def __init__(self, config: TransformerConfig, submodules: Any, layer_number: int = 1, **kwargs: Any) -> None:
+        super().__init__(config, submodules, layer_number, **kwargs)
+        self.post_self_attn_layernorm = TorchNorm(config, config.hidden_size, config.layernorm_epsilon)
+        self.post_mlp_layernorm = TorchNorm(config, config.hidden_size, config.layernorm_epsilon)
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor, **kwargs: Any) -> Any:
+        """``[sequence, batch, hidden]`` to the same, and ``None`` where other layers return a context."""
+        rotary = kwargs.get("rotary_pos_emb")
+        attended = self.self_attention(hidden_states, attention_mask=attention_mask, rotary_pos_emb=rotary)
+        states = self.post_self_attn_layernorm(self._add(self.self_attn_bda, attended, hidden_states))
+        states = self.post_mlp_layernorm(self._add(self.mlp_bda, self.mlp(states), states))
+        return states, None
+
+    def _add(self, bias_dropout_add: Any, output: Any, residual: torch.Tensor) -> torch.Tensor:
+        with self.bias_dropout_add_exec_handler():
+            added: torch.Tensor = bias_dropout_add(self.training, self.config.bias_dropout_fusion)(
+                output, residual, self.hidden_dropout
+            )
+        return added
+
+
 def layer_seed(seed: int, number: int) -> int:
     """The seed of the weights of layer ``number``, counted from one over all stages; 0 is for what is not a layer."""
     return seed + 7919 * number
@@ -123,13 +148,23 @@ def gpt_block_spec(
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=TorchNorm)
 
 
-def bert_block_spec(config: TransformerConfig, seed: int, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The encoder layers of one chunk of a BERT."""
+def bert_block_spec(
+    config: TransformerConfig,
+    seed: int,
+    vp_stage: int | None = None,
+    *,
+    post_layernorm: bool = False,
+    fused: bool = False,
+) -> TransformerBlockSubmodules:
+    """The encoder layers of one chunk of a BERT. ``fused`` is for those with norms before each block."""
     submodules = self_attention_submodules(get_gpt_layer_local_spec().submodules)
     submodules.self_attention.params["attn_mask_type"] = AttnMaskType.padding
-    layer = ModuleSpec(module=SeededTransformerLayer, submodules=submodules, params={"seed": seed})
+    module = PostNormLayer if post_layernorm else SeededFusedLayer if fused else SeededTransformerLayer
+    if post_layernorm:
+        submodules.input_layernorm = submodules.pre_mlp_layernorm = IdentityOp
+    layer = ModuleSpec(module=module, submodules=submodules, params={"seed": seed})
     count = get_num_layers_to_build(config, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=TorchNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=None if post_layernorm else TorchNorm)
 
 
 class DropoutRowParallelLinear(tensor_parallel.RowParallelLinear):

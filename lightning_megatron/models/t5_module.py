@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, override
 
 import torch
@@ -40,6 +39,7 @@ class T5Module(LanguageModelModule):
     """
 
     data_on_every_stage = True  # every layer needs the padding mask
+    config_type = T5Config
     config: T5Config
 
     def __init__(
@@ -57,7 +57,8 @@ class T5Module(LanguageModelModule):
     @override
     def forward_step(self, chunk: torch.nn.Module, microbatch: dict[str, Any]) -> Tensor:
         """Losses of each token of the decoder ``[batch, sequence]`` on the last stage, states on others."""
-        encoder_keys = (microbatch["encoder_mask"] == 0)[:, None, None, :]  # True is hidden
+        mask = microbatch.get("encoder_mask")
+        encoder_keys = None if mask is None else (mask == 0)[:, None, None, :]  # True is hidden
         return chunk(
             microbatch["encoder_tokens"],
             microbatch["decoder_tokens"],
@@ -83,7 +84,7 @@ class T5Module(LanguageModelModule):
 
     @override
     def prepare_batch(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """``encoder_tokens``, ``decoder_tokens``, ``encoder_mask``, ``labels`` and ``loss_mask``.
+        """``encoder_tokens``, ``decoder_tokens``, ``labels``, ``loss_mask``, and ``encoder_mask`` if there is padding.
 
         Raises:
             DataError: another form, a sequence longer than the positions, or a token outside the vocabulary.
@@ -99,6 +100,8 @@ class T5Module(LanguageModelModule):
             )
         for name in ("encoder_tokens", "decoder_tokens", "labels"):
             self.check_tokens(name, prepared[name])
+        if bool(prepared["encoder_mask"].all()):  # without one, attention takes the fastest kernel
+            del prepared["encoder_mask"]
         return prepared
 
     @override
@@ -106,10 +109,6 @@ class T5Module(LanguageModelModule):
         from lightning_megatron.generation.t5 import T5Decoder
 
         return T5Decoder(list(self.chunks), self.config, self.strategy.build_context.groups)
-
-    @override
-    def describe(self) -> dict[str, Any]:
-        return {"module": "T5Module", "config": asdict(self.config)}
 
 
 def _megatron_form(batch: Mapping[str, Any]) -> dict[str, Tensor]:

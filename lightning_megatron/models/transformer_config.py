@@ -46,6 +46,8 @@ class BuildContext:
     device: torch.device
     seed: int
     """Of the initial weights, the same on every rank."""
+    perform_initialization: bool = True
+    """Whether weights are drawn; not if all come from elsewhere: on a CPU each is drawn whole, then cut."""
 
     @property
     def stages(self) -> list[Stage]:
@@ -127,6 +129,7 @@ def transformer_config(
         calculate_per_token_loss=True,
         # Initialising on the CPU draws one master weight and cuts it, so weights do not depend on the TP size.
         use_cpu_initialization=on_cpu,
+        perform_initialization=context.perform_initialization,
         # Kernels that need TransformerEngine or Apex.
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,

@@ -75,29 +75,27 @@ def _summary(run: Run) -> dict[str, str]:
         step, best = min(valid, key=lambda point: point[1] if math.isfinite(point[1]) else math.inf)
         perplexity = f", perplexity {math.exp(best):,.1f}" if best < _PERPLEXITY_LIMIT else ""
         rows["validation loss"] = f"{valid[-1][1]:.4f} at the end; best {best:.4f}{perplexity}, at step {step:,}"
-    for column, label, pattern in (
-        ("tokens_per_s", "throughput", "{:,.0f} tokens/s"),
-        ("tflops_per_device", "per device", "{:,.1f} TFLOP/s"),
-        ("mfu", "MFU", "{:.1%}"),
-        ("step_time", "step time", "{:.3f} s"),
-        ("memory/max", "memory of the fullest rank", "{:.2f} GiB"),
+    for column, label, pattern, reduce in (
+        ("tokens_per_s", "throughput", "{:,.0f} tokens/s (median)", statistics.median),
+        ("tflops_per_device", "per device", "{:,.1f} TFLOP/s (median)", statistics.median),
+        ("mfu", "MFU", "{:.1%} (median)", statistics.median),
+        ("step_time", "step time", "{:.3f} s (median)", statistics.median),
+        ("memory/max", "memory of the fullest rank", "{:.2f} GiB", max),
     ):
         points = run.series.get(column)
         if points:
-            middle = statistics.median(value for _, value in points)
-            rows[label] = pattern.format(middle) + " (median)"
+            rows[label] = pattern.format(reduce([value for _, value in points]))
     rows["values from"] = ", ".join(str(source.relative_to(run.path)) for source in run.sources)
     return rows
 
 
 def _layout(run: Run) -> dict[str, object]:
+    """What was asked for, and over it what the newest checkpoint says: with ``auto`` only that tells the sizes."""
     parallel = run.config.get("parallel")
+    asked = parallel if isinstance(parallel, dict) else {}
     whole = [checkpoint.metadata for checkpoint in run.checkpoints if checkpoint.metadata]
-    rows: dict[str, object] = {}
-    if isinstance(parallel, dict):
-        rows = {key: value for key, value in parallel.items() if value not in (None, False) and key != "_target_"}
-    elif whole:
-        rows = {key: value for key, value in whole[-1].layout.items() if value not in (None, False)}
+    rows: dict[str, object] = {**asked, **(whole[-1].layout if whole else {})}
+    rows = {key: value for key, value in rows.items() if value not in (None, False) and key != "_target_"}
     if whole:
         rows["world size"] = whole[-1].world_size
         rows["model"] = whole[-1].model.get("module", "?")

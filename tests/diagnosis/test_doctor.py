@@ -96,6 +96,7 @@ def test_layouts_that_a_number_of_processes_can_try() -> None:
     assert layouts(4) == ("tp1", "tp2_sp", "pp2", "tp2_pp2_sp")
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_is_told(tmp_path: Path, monkeypatch: Any) -> None:
     # Python runs this when a process starts.
     (tmp_path / "sitecustomize.py").write_text(

@@ -56,10 +56,39 @@ L.Trainer(strategy="megatron_notebook", accelerator="cpu", devices=2, logger=Fal
 """
 
 
+@pytest.mark.slow
 def test_lightnings_default_launcher_is_refused_in_a_notebook() -> None:
     result = subprocess.run([sys.executable, "-c", REFUSED], capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
     assert "MisconfigurationException" in result.stdout
+
+
+USED_THREADS = """
+import sys
+sys.ps1 = ">>> "
+import torch, lightning as L, lightning_megatron as lm
+big = torch.randn(1500, 1500)
+((big @ big).tanh() + 1).sum()  # OpenMP's threads exist from now on, and no fork has them
+rows = [{"input_ids": torch.randint(512, (64,))} for _ in range(64)]
+config = lm.GPTConfig(
+    num_layers=2, hidden_size=256, num_attention_heads=4, vocab_size=512, max_position_embeddings=64
+)
+trainer = L.Trainer(
+    strategy=lm.MegatronStrategy("tp2", start_method="fork"), accelerator="cpu", devices=2, max_steps=2, logger=False,
+    enable_checkpointing=False, enable_progress_bar=False,
+)
+trainer.fit(lm.GPTModule(config), torch.utils.data.DataLoader(rows, batch_size=32))
+"""
+
+
+@pytest.mark.slow
+def test_a_notebook_that_has_computed_before_can_fork() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", USED_THREADS], env={**os.environ, "OMP_NUM_THREADS": "4"},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "`max_steps=2` reached" in result.stderr
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -1,0 +1,299 @@
+"""Directories of Hugging Face: reading all of a model or one rank's part, and writing one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_megatron.checkpoint.publish import partial_path, publish, remove
+from lightning_megatron.errors import CheckpointError
+from lightning_megatron.interop.architecture import Architecture, architecture, architecture_for
+from lightning_megatron.interop.core_model import VOCABULARY, CoreSpec, Identity
+from lightning_megatron.interop.mapping import Entry, check_names, entries
+from lightning_megatron.interop.safetensors_files import (
+    SafetensorsWriter,
+    StoredTensor,
+    TensorSpec,
+    open_directory,
+    parse_size,
+)
+from lightning_megatron.interop.sharding import pieces
+from lightning_megatron.models.config import TransformerModelConfig
+
+CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model"),
+)
+
+
+@dataclass(frozen=True)
+class HuggingFaceDirectory:
+    """A model that ``save_pretrained`` of transformers wrote."""
+
+    path: Path
+    architecture: Architecture
+    theirs: Mapping[str, Any]
+    """Its ``config.json``."""
+    config: Any
+    """Ours."""
+    tensors: Mapping[str, StoredTensor]
+    """By the names of this version of transformers."""
+
+    @classmethod
+    def open(cls, path: str | Path, **changes: Any) -> HuggingFaceDirectory:
+        """Read the configuration and all headers, and no tensor.
+
+        Args:
+            changes: fields of our configuration to set otherwise.
+
+        Raises:
+            CheckpointError: no directory of Hugging Face, an unsupported architecture or choice, or shards that are
+                missing, cut short, or do not have the tensors of the architecture.
+        """
+        path = Path(path)
+        theirs = _read_config(path)
+        found = architecture(theirs.get("model_type", ""), where=path / CONFIG_FILE)
+        stored = open_directory(path)
+        tensors = {name: stored[old] for name, old in found.canonical(stored).items()}
+        try:
+            config = found.read(_with_defaults(theirs), tensors).replace(**changes)
+        except (ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"{path / CONFIG_FILE} cannot be a model here: {error}") from error
+        opened = cls(path, found, theirs, config, tensors)
+        ignored = [name for name in tensors if found.ignores(config, name)]
+        check_names(found.table(config), tensors, ignored, where=path)
+        return opened
+
+    @property
+    def identity(self) -> Identity:
+        """Which model it is."""
+        return Identity(self.config, self.theirs, self.path)
+
+    @cached_property
+    def _entries(self) -> dict[str, Entry]:
+        return {entry.core: entry for entry in entries(self.architecture.table(self.config), self.tensors)}
+
+    @cached_property
+    def specs(self) -> dict[str, CoreSpec]:
+        """Whole tensors in megatron-core's form.
+
+        Raises:
+            CheckpointError: a vocabulary that is not ``vocab_size``.
+        """
+        return {
+            name: CoreSpec(
+                entry.transform.core_shape([self.tensors[their].shape for their in entry.theirs]),
+                self.tensors[entry.theirs[0]].dtype,
+            )
+            for name, entry in self._entries.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        """One whole tensor in megatron-core's form."""
+        spec = self.specs[name]
+        into = torch.empty(spec.shape, dtype=spec.dtype)
+        self._read(name, tuple(slice(0, size) for size in spec.shape), into)
+        return into
+
+    def _read(self, name: str, place: tuple[slice, ...], into: Tensor) -> None:
+        entry = self._entries[name]
+        entry.transform.read([self.tensors[their] for their in entry.theirs], place, into)
+
+    @torch.no_grad()
+    def fill(self, chunks: Iterable[Any]) -> None:
+        """Fill this rank's chunks, reading no more than they hold. Heads that the directory lacks stay as they are.
+
+        Raises:
+            CheckpointError: a tensor of another shape than the model's.
+        """
+        optional = {core for rule in self.architecture.table(self.config) if rule.optional for core, _ in rule.expand()}
+        for chunk in chunks:
+            for piece in pieces(chunk):
+                if piece.name in optional and piece.name not in self._entries:
+                    continue
+                if piece.name not in self._entries:
+                    raise CheckpointError(
+                        f"The model has {piece.name}, which no {self.architecture.model_type} of Hugging Face has."
+                    )
+                skip = piece.name in VOCABULARY  # padding depends on the layout
+                shape, wanted = self.specs[piece.name].shape, piece.shape or ()
+                if shape[skip:] != wanted[skip:]:
+                    raise CheckpointError(
+                        f"{', '.join(self._entries[piece.name].theirs)} in {self.path} make {piece.name} of the shape "
+                        f"{list(shape)}, but the configuration says {list(wanted)}. Is {CONFIG_FILE} of another model?"
+                    )
+                self._read(piece.name, piece.place, piece.tensor)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise CheckpointError(
+            f"{path} {what}; give a directory with {CONFIG_FILE} and safetensors, as save_pretrained of transformers "
+            "writes it. Names on the hub are not fetched: download first."
+        )
+    try:
+        theirs = json.loads((path / CONFIG_FILE).read_text())
+        if not isinstance(theirs, dict):
+            raise ValueError("it holds no fields")
+        return theirs
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} has no {CONFIG_FILE}, so it is no directory of Hugging Face.") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path / CONFIG_FILE} is no JSON of a configuration: {error}.") from error
+
+
+def _with_defaults(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """All fields, with the values that transformers gives to those that a file leaves out."""
+    from transformers import CONFIG_MAPPING
+
+    kind = CONFIG_MAPPING[theirs["model_type"]]
+    found: dict[str, Any] = kind.from_dict(dict(theirs)).to_dict()
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+@dataclass(frozen=True, slots=True)
+class SaveOptions:
+    """How a directory of Hugging Face is written."""
+
+    max_shard_size: int | str = "200MB"
+    model_type: str | None = None
+    """Which architecture, if several have the model: a Llama can be saved as ``"mistral"``. ``None`` is what the model
+    was, or else the first that fits."""
+    dtype: torch.dtype | None = None
+    """``None`` keeps that of each tensor."""
+    tokenizer: Any = None
+    """A tokenizer of transformers, or where to load one from. ``None`` copies that of the directory that the model came
+    from, if that is still there."""
+
+
+class HuggingFaceWriter:
+    """Streams a model into a directory that ``AutoModel...from_pretrained`` loads. It appears when it is whole.
+
+    Args:
+        path: does not exist, or is empty.
+        specs: of the model's tensors, in megatron-core's form.
+
+    Raises:
+        CheckpointError: something is at the path, or no architecture of Hugging Face has the model.
+        ValueError: ``max_shard_size`` is no size.
+    """
+
+    def __init__(self, path: Path, identity: Identity, specs: Mapping[str, CoreSpec], options: SaveOptions) -> None:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise CheckpointError(f"{path} exists already. Give a new or an empty directory.")
+        self._path, self._partial = path, partial_path(path)
+        self._identity, self._options = identity, options
+        origin = identity.hugging_face.get("model_type")
+        self._architecture = _chosen(identity.config, options.model_type, origin)
+        heads = [entry.core for entry in entries(self._architecture.table(identity.config))]
+        self.entries = [e for e in entries(self._architecture.table(identity.config)) if e.core in specs]
+        """What is to come, in order."""
+        lost = sorted(set(heads) - set(specs)) or sorted(set(specs) - set(heads))
+        if lost:
+            raise CheckpointError(
+                f"The tensors are not those of a {self._architecture.model_type} of this configuration: "
+                f"{', '.join(lost[:5])} {'is' if len(lost) == 1 else 'are'} "
+                f"{'missing' if lost[0] in heads else 'unknown'}."
+            )
+        planned = [
+            TensorSpec(name, shape, options.dtype or specs[entry.core].dtype)
+            for entry in self.entries
+            for name, shape in zip(entry.theirs, entry.transform.shapes(specs[entry.core].shape), strict=True)
+        ]
+        most = parse_size(options.max_shard_size)
+        remove(self._partial)
+        self._partial.mkdir(parents=True)
+        self._tensors = SafetensorsWriter(self._partial, planned, most)
+        self._dtype = planned[0].dtype
+
+    def __enter__(self) -> HuggingFaceWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self._tensors.__exit__(kind, error, traceback)
+            if kind is None:
+                self._write_the_rest()
+                publish(self._partial, self._path)
+        finally:
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+    def put(self, entry: Entry, core: Tensor) -> None:
+        """The next tensor, whole, in megatron-core's form."""
+        for name, part in zip(entry.theirs, entry.transform.to_theirs(core), strict=True):
+            self._tensors.put(name, part)
+
+    def _write_the_rest(self) -> None:
+        from transformers import CONFIG_MAPPING, GenerationConfig
+
+        tokenizer = self._tokenizer()
+        theirs = _fields(self._identity, self._architecture)
+        theirs["dtype"] = str(self._dtype).removeprefix("torch.")
+        config = CONFIG_MAPPING[self._architecture.model_type].from_dict(dict(theirs))
+        for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            number = getattr(config, role, None)
+            if tokenizer is not None:
+                theirs[role] = getattr(tokenizer, role)
+            elif isinstance(number, int) and number >= self._identity.config.vocab_size:
+                theirs[role] = None  # a default of their class that this vocabulary does not have
+            setattr(config, role, theirs.get(role, number))
+        (self._partial / CONFIG_FILE).write_text(json.dumps(theirs, indent=2) + "\n")
+        source = self._identity.files
+        if source is not None and (source / GENERATION_FILE).is_file() and tokenizer is None:
+            shutil.copy(source / GENERATION_FILE, self._partial)
+        elif self._architecture.generates:
+            GenerationConfig.from_model_config(config).save_pretrained(self._partial)
+
+    def _tokenizer(self) -> Any:
+        if self._options.tokenizer is not None:
+            from lightning_megatron.data.tokenizer import load_tokenizer
+
+            tokenizer = load_tokenizer(self._options.tokenizer)
+            tokenizer.save_pretrained(self._partial)
+            return tokenizer
+        if self._identity.files is not None:
+            for name in _TOKENIZER_FILES:
+                if (self._identity.files / name).is_file():
+                    shutil.copy(self._identity.files / name, self._partial)
+        return None
+
+
+def _chosen(config: TransformerModelConfig, asked: str | None, origin: str | None) -> Architecture:
+    if asked is None and origin is not None:
+        try:
+            return architecture_for(config, origin)
+        except CheckpointError:
+            pass  # the model has been changed since
+    if asked is not None:
+        architecture(asked)
+    return architecture_for(config, asked)
+
+
+def _fields(identity: Identity, chosen: Architecture) -> dict[str, Any]:
+    """A ``config.json``: the one that the model came from, but for what has changed; or one of our fields."""
+    fields: dict[str, Any] = chosen.write(identity.config)
+    origin = dict(identity.hugging_face)
+    if origin.get("model_type") == chosen.model_type:
+        full = _with_defaults(origin)
+        before = chosen.write(
+            chosen.read(full, [name for e in entries(chosen.table(identity.config)) for name in e[1]])
+        )
+        fields = origin | {name: value for name, value in fields.items() if before[name] != value}
+    return {**fields, "model_type": chosen.model_type, "architectures": [chosen.class_name(identity.config)]}
