@@ -53,7 +53,7 @@ def test_help(capsys: Any, command: str) -> None:
         ("preprocess", "required: inputs"),
         ("plan", "For example:"),
         ("config", "--yes"),
-        ("generate", "required: checkpoint, --tokenizer"),
+        ("generate", "required: checkpoint"),
         ("schedule", "For example:"),
         ("report", "required: RUN"),
     ],
