@@ -43,6 +43,7 @@ def our_engine(size: str, device: str, positions: int, *, graphs: bool | None = 
     """An engine in a Trainer of one process."""
     import lightning.pytorch as pl
 
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # which its import sets
     config = lm.GPTConfig.gpt2(size, max_position_embeddings=positions)  # type: ignore[arg-type]
     module = lm.GPTModule(config)
     trainer = pl.Trainer(
@@ -180,7 +181,6 @@ def main() -> None:
     parser.add_argument("--no-graphs", action="store_true", help="do not replay the step of a token as a CUDA graph")
     parser.add_argument("--skip", choices=("throughput", "lengths"), default=None)
     args = parser.parse_args()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     print(f"GPT-2 {args.size} on {args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     if args.skip != "throughput":
         throughput(our_engine(args.size, args.device, 1024, graphs=False if args.no_graphs else None), args)

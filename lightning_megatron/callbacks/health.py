@@ -41,13 +41,13 @@ class NonFinite(pl.Callback):
         self.skipped = 0
         """Steps skipped so far."""
         self._in_a_row = 0
-        # Of the batches whose gradients a step accumulates.
-        self._batches: list[tuple[int, Any]] = []
+        # Of the batches whose gradients a step accumulates: their numbers, and those of their samples.
+        self._batches: list[tuple[int, Tensor | None]] = []
         self._losses: list[Tensor] = []
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Remember what is in the step."""
-        self._batches.append((batch_idx, batch))
+        self._batches.append((batch_idx, batch.get("index") if isinstance(batch, dict) else None))
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: Any, loss: Tensor) -> None:
         """Remember the loss, which is the same on all ranks."""
@@ -80,12 +80,14 @@ class NonFinite(pl.Callback):
         strategy.megatron_optimizer.skip_next = True
 
     @staticmethod
-    def _describe(strategy: MegatronStrategy, batches: list[tuple[int, Any]], losses: list[Tensor]) -> str | None:
+    def _describe(
+        strategy: MegatronStrategy, batches: list[tuple[int, Tensor | None]], losses: list[Tensor]
+    ) -> str | None:
         """What is not finite, and of which samples; ``None`` if it was the sum of large numbers alone."""
         stage = strategy.layout.coordinates(strategy.global_rank, strategy.world_size).pipeline
         of_stage = f" of stage {stage}" if strategy.layout.pipeline_model_parallel_size > 1 else ""
         bad = [name + of_stage for name, gradient in strategy.gradients() if not torch.isfinite(gradient).all()]
-        samples = [sample for _, batch in batches for sample in _samples(batch)] if strategy.has_data else []
+        samples = [sample for _, index in batches for sample in _real(index)] if strategy.has_data else []
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, (bad, samples))
         found = sorted({name for part, _ in everyone for name in part})
@@ -109,6 +111,6 @@ class NonFinite(pl.Callback):
         self.skipped = state_dict["skipped"]
 
 
-def _samples(batch: Any) -> list[int]:
-    index = batch.get("index") if isinstance(batch, dict) else None
+def _real(index: Tensor | None) -> list[int]:
+    """Numbers of samples without those that only fill a batch up."""
     return [number for number in index.tolist() if number >= 0] if torch.is_tensor(index) else []

@@ -79,6 +79,7 @@ def _healthy() -> int:
     return trainer.global_step
 
 
+@pytest.mark.slow
 def test_a_fit_that_ends_is_left_alone(ranks: RankPool) -> None:
     assert ranks.run(_healthy, 2) == [4, 4]
 

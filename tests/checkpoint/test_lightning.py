@@ -242,7 +242,10 @@ def _broken_off(path: Path, how: str) -> tuple[str, int]:
     return "", trainer.global_step
 
 
-@pytest.mark.parametrize(("how", "error"), [("exception", "ArithmeticError"), ("SIGTERM", "SIGTERMException")])
+@pytest.mark.parametrize(
+    ("how", "error"),
+    [pytest.param("exception", "ArithmeticError", marks=pytest.mark.slow), ("SIGTERM", "SIGTERMException")],
+)
 def test_a_background_save_is_finished_when_a_fit_breaks_off(
     ranks: RankPool, tmp_path: Path, how: str, error: str
 ) -> None:

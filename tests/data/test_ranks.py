@@ -102,7 +102,7 @@ def test_every_layout_reads_the_same_order(ranks: RankPool, prefix: Path) -> Non
     assert [len(batch) for batch in order] == [BATCH] * 5
     for world, layout in (
         (4, {"mbs": 1}),
-        (4, {"tp": 2, "sp": True}),
+        (4, {"tp": 2, "pp": 2, "sp": True, "mbs": 2}),
         (4, {"pp": 2, "mbs": 2}),
     ):
         results = ranks.run(_fit, world, prefix, layout, steps)
@@ -117,6 +117,7 @@ def _ramped(prefix: Path, layout: dict[str, Any]) -> Any:
     return _fit(prefix, layout, {"max_steps": 6}, rampup_batch_size=(2, 2, 12))
 
 
+@pytest.mark.slow
 def test_a_growing_global_batch(ranks: RankPool, prefix: Path) -> None:
     straight = ranks.run(_ramped, 1, prefix, {})
     order = _global(straight)
@@ -165,7 +166,7 @@ def _other(kind: str, path: Path, tokenizer: Path) -> list[float]:
     return order.losses
 
 
-@pytest.mark.parametrize("kind", ["finetuning", "huggingface"])
+@pytest.mark.parametrize("kind", ["finetuning", pytest.param("huggingface", marks=pytest.mark.slow)])
 def test_other_kinds_of_data(ranks: RankPool, tmp_path: Path, tokenizer_dir: Path, texts: list[str], kind: str) -> None:
     import json
 

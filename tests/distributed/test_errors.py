@@ -132,7 +132,9 @@ def context_parallel(kind: str) -> None:
     quiet_trainer(lm.MegatronStrategy(context_parallel_size=2), 2, max_steps=1).fit(module, plain_loader(2))
 
 
-@pytest.mark.parametrize(("kind", "name"), [("bert", "BertModule"), ("t5", "T5Module")])
+@pytest.mark.parametrize(
+    ("kind", "name"), [pytest.param("bert", "BertModule", marks=pytest.mark.slow), ("t5", "T5Module")]
+)
 def test_context_parallelism_is_for_gpt(kind: str, name: str, ranks: Any) -> None:
     _, errors = ranks.attempt(context_parallel, 2, kind)
     assert sorted(errors) == [0, 1]
