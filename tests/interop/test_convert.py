@@ -22,6 +22,8 @@ from tests.interop import stock, tiny
 from tests.interop.tiny import status
 from tests.models.runs import Shared, strategy
 
+SLOW = pytest.mark.slow
+
 
 def step(source: Path, target: Path, to: Any, **options: Any) -> Path:
     """Convert, and return the target."""
@@ -63,7 +65,7 @@ def test_all_the_way_round(name: str, tmp_path: Path) -> None:
 KINDS = {"gpt2": "gpt", "llama": "gpt", "qwen2": "gpt", "megatron_bert": "bert", "t5": "t5"}
 
 
-@pytest.mark.parametrize("name", ["llama", "megatron_bert", "t5", pytest.param("gpt2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["llama", "t5", *(pytest.param(n, marks=SLOW) for n in ("megatron_bert", "gpt2"))])
 def test_megatron_core_loads_torch_dist(ranks: Any, name: str, tmp_path: Path) -> None:
     """Its own model takes every tensor of ours, at TP2: what it holds is a slice of what we wrote."""
     tiny.save(name, tmp_path / "theirs")
@@ -89,7 +91,10 @@ def test_megatron_core_loads_torch_dist(ranks: Any, name: str, tmp_path: Path) -
         assert torch.equal(joined, whole.read(core)), core
 
 
-@pytest.mark.parametrize(("name", "layout"), [("qwen2", (2, 1)), ("gpt2", (1, 2)), ("megatron_bert", (2, 2))])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [("qwen2", (2, 1)), ("megatron_bert", (2, 2)), pytest.param("gpt2", (1, 2), marks=SLOW)],
+)
 def test_what_megatron_core_saved(ranks: Any, name: str, layout: tuple[int, int], tmp_path: Path) -> None:
     """A stock checkpoint, of whose arguments only Megatron-LM's are left, has a place in Hugging Face."""
     identity = HuggingFaceDirectory.open(_saved(name, tmp_path / "theirs"), make_vocab_size_divisible_by=4).identity
@@ -122,7 +127,9 @@ def _fit_and_save(path: str, layout: dict[str, Any], batch: Any, save: str, prec
     module.save_pretrained(f"{save}.gathered")
 
 
-@pytest.mark.parametrize(("name", "precision"), [("qwen2", "bf16-mixed"), ("t5_v1_1", "32-true")])
+@pytest.mark.parametrize(
+    ("name", "precision"), [("qwen2", "bf16-mixed"), pytest.param("t5_v1_1", "32-true", marks=SLOW)]
+)
 def test_our_checkpoint_without_its_ranks(ranks: Any, name: str, precision: str, tmp_path: Path) -> None:
     """Trained and saved at TP2 x PP2, the checkpoint alone gives what the ranks together give."""
     tiny.save(name, tmp_path / "theirs")
@@ -150,7 +157,7 @@ def _predict(checkpoint: str, layout: dict[str, Any], batch: Any) -> Any:
     return trainer.predict(module, Shared(module, batch, 1), ckpt_path=checkpoint)[0]["logits"]
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2"])
+@pytest.mark.parametrize("name", ["bert", pytest.param("gpt2", marks=SLOW)])
 def test_our_trainer_loads_what_was_converted(ranks: Any, name: str, tmp_path: Path) -> None:
     model = tiny.save(name, tmp_path / "theirs")
     step(tmp_path / "theirs", tmp_path / "ours", "lightning")
