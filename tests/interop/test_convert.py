@@ -231,7 +231,7 @@ def test_memory_does_not_grow_with_the_layers(ranks: Any, tmp_path: Path) -> Non
     allocator may keep as much again."""
     import transformers as hf
 
-    sizes = {"n_layer": 12, "n_embd": 512, "n_head": 8, "vocab_size": 1024, "n_positions": 64}
+    sizes = {"n_layer": 12, "n_embd": 384, "n_head": 8, "vocab_size": 1024, "n_positions": 64}
     model = hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
     model.save_pretrained(tmp_path / "theirs", max_shard_size="20MB")
     layer = sum(parameter.nbytes for parameter in model.transformer.h[0].parameters())
