@@ -3,8 +3,8 @@
     python -m benchmarks.gpu --variants ours nano huggingface unfused --batches 8 24
 
 Each variant runs in a process of its own. A step is timed by CUDA events over its whole cycle, data transfer and
-logging included; the median of the last steps counts. MFU is against 989 TFLOP/s with
-``6 * (12 * L * H^2 + V * H) + 12 * L * H * S`` operations a token.
+logging included; the median of the last steps counts. MFU is against 989 TFLOP/s with the operations of
+:mod:`benchmarks.workloads`; for a GPT-2 ``6 * (12 * L * H^2 + V * H) + 12 * L * H * S`` a token.
 """
 
 from __future__ import annotations
@@ -23,55 +23,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.workloads import WORKLOADS, Batch, Workload
+
 PEAK = 989e12
 WARM_UP = 6
+PROFILED = 5
+"""Steps, one of which is logged. They begin with an idle device, which the first of them fills."""
 VARIANTS = ("ours", "unfused", "nano", "huggingface")
-
-
-def model_config(name: str) -> Any:
-    """The model to measure, without dropout."""
-    from lightning_megatron.models.config import GPTConfig
-
-    off = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
-    if name == "llama-1b":
-        return GPTConfig.llama(
-            num_layers=16,
-            hidden_size=2048,
-            num_attention_heads=32,
-            num_query_groups=8,
-            ffn_hidden_size=8192,
-            vocab_size=32000,
-            max_position_embeddings=4096,
-        )
-    return GPTConfig.gpt2(name.removeprefix("gpt2-"), **off)  # type: ignore[arg-type]
-
-
-def flops_per_token(config: Any) -> float:
-    """Of one forward and backward, without recomputation."""
-    hidden, layers, sequence = config.hidden_size, config.num_layers, config.max_position_embeddings
-    return 6 * (12 * layers * hidden**2 + config.padded_vocab_size(1) * hidden) + 12 * layers * hidden * sequence
 
 
 class RandomTokens:
     """A few batches of random tokens on the host, over and over."""
 
-    def __init__(self, config: Any, batch: int, steps: int) -> None:
+    def __init__(self, workload: Workload, samples: int, steps: int) -> None:
         generator = torch.Generator().manual_seed(0)
-        shape = (4, batch, config.max_position_embeddings + 1)
-        self._text = torch.randint(0, config.vocab_size, shape, generator=generator)
+        self._batches = [workload.batch(samples, generator) for _ in range(4)]
         self._steps = steps
 
     def __len__(self) -> int:
         return self._steps
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for step in range(self._steps):
-            text = self._text[step % len(self._text)]
-            yield {"tokens": text[:, :-1].contiguous(), "labels": text[:, 1:].contiguous()}
+    def __iter__(self) -> Iterator[Batch]:
+        return (self._batches[step % len(self._batches)] for step in range(self._steps))
 
 
 class Clock:
-    """Times of steps, the highest allocation, and optionally the kernels of two steps."""
+    """Times of steps, the highest allocation, and optionally the kernels of a few steps."""
 
     def __init__(self, profile_at: int | None) -> None:
         self.events: list[torch.cuda.Event] = []
@@ -91,10 +68,10 @@ class Clock:
             torch.cuda.synchronize()
             self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
             self._profiler.start()
-        elif self._profiler is not None and count == (self._profile_at or 0) + 2:
+        elif self._profiler is not None and count == (self._profile_at or 0) + PROFILED:
             torch.cuda.synchronize()
             self._profiler.stop()
-            self.kernels = _kernel_times(self._profiler, steps=2)
+            self.kernels = _kernel_times(self._profiler, steps=PROFILED)
             self._profiler = None
 
     def times(self) -> list[float]:
@@ -106,7 +83,7 @@ class Clock:
 
 
 def _kernel_times(profiler: Any, steps: int) -> dict[str, Any]:
-    """Time in kernels, the share of the window in which any ran, and the kernels by name."""
+    """Time in kernels, the share of the window in which any ran, the kernels by name, and where none ran."""
     total: dict[str, list[float]] = {}
     spans = []
     for event in profiler.profiler.kineto_results.events():
@@ -114,21 +91,30 @@ def _kernel_times(profiler: Any, steps: int) -> dict[str, Any]:
             row = total.setdefault(event.name(), [0.0, 0])
             row[0] += event.duration_ns() / 1e6 / steps
             row[1] += 1 / steps
-            spans.append((event.start_ns(), event.start_ns() + event.duration_ns()))
+            spans.append((event.start_ns(), event.start_ns() + event.duration_ns(), event.name()))
     spans.sort()
-    busy, until = 0, spans[0][0]
-    for start, end in spans:
+    busy, until, before = 0, spans[0][0], ""
+    idle: dict[str, list[float]] = {}
+    for start, end, name in spans:
         busy += max(0, end - max(start, until))
-        until = max(until, end)
+        if start > until:
+            row = idle.setdefault(f"{before[:45]} -> {name[:45]}", [0.0, 0])
+            row[0] += (start - until) / 1e6 / steps
+            row[1] += 1 / steps
+        until, before = max((until, before), (end, name))
     rows = sorted(total.items(), key=lambda item: -item[1][0])
     return {
         "kernel_ms": round(sum(ms for ms, _ in total.values()), 2),
         "busy": round(busy / (until - spans[0][0]), 4),
         "top": [f"{ms:8.3f} ms {round(count):5d} x {name[:100]}" for name, (ms, count) in rows[:40]],
+        "idle": [
+            f"{ms:8.3f} ms {round(count):5d} x nothing between {pair}"
+            for pair, (ms, count) in sorted(idle.items(), key=lambda item: -item[1][0])[:15]
+        ],
     }
 
 
-def run_ours(config: Any, batch: int, steps: int, clock: Clock, *, fused: bool) -> list[float]:
+def run_ours(workload: Workload, batch: int, steps: int, clock: Clock, *, fused: bool) -> list[float]:
     """Through the Trainer, with logging, as a user would. Returns the losses."""
     import lightning as pl
     from lightning.pytorch.loggers import CSVLogger
@@ -142,7 +128,7 @@ def run_ours(config: Any, batch: int, steps: int, clock: Clock, *, fused: bool) 
             losses.append(outputs["loss"])
             clock.step_done()
 
-    module = lm.GPTModule(config, lm.OptimizerConfig(lr=1e-4, weight_decay=0.1, lr_decay_style="constant"))
+    module = workload.module()
     module.fused = fused
     trainer = pl.Trainer(
         accelerator="gpu",
@@ -158,44 +144,44 @@ def run_ours(config: Any, batch: int, steps: int, clock: Clock, *, fused: bool) 
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    trainer.fit(module, RandomTokens(config, batch, steps))
+    trainer.fit(module, RandomTokens(workload, batch, steps))
     return [float(loss) for loss in losses]
 
 
-def run_peer(config: Any, batch: int, steps: int, clock: Clock, name: str) -> list[float]:
+def run_peer(workload: Workload, batch: int, steps: int, clock: Clock, name: str) -> list[float]:
     """One of :mod:`benchmarks.peers`, with the same batches."""
     from benchmarks import peers
 
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)
-    step = {"nano": peers.nano, "huggingface": peers.huggingface}[name](config)
+    step = {"nano": peers.nano, "huggingface": peers.huggingface}[name](workload)
     losses = []
-    for data in RandomTokens(config, batch, steps):
-        losses.append(step(data["tokens"].cuda(non_blocking=True), data["labels"].cuda(non_blocking=True)))
+    for data in RandomTokens(workload, batch, steps):
+        losses.append(step({name: tensor.cuda(non_blocking=True) for name, tensor in data.items()}))
         clock.step_done()
     return [float(loss) for loss in losses]
 
 
 def measure(variant: str, model: str, batch: int, steps: int, profile: bool) -> dict[str, Any]:
     """One variant in this process."""
-    config = model_config(model)
-    clock = Clock(steps - 3 if profile else None)
+    workload = WORKLOADS[model]()
+    clock = Clock(steps - PROFILED - 1 if profile else None)
     began = time.time()
     if variant in ("ours", "unfused"):
-        losses = run_ours(config, batch, steps, clock, fused=variant == "ours")
+        losses = run_ours(workload, batch, steps, clock, fused=variant == "ours")
     else:
-        losses = run_peer(config, batch, steps, clock, variant)
+        losses = run_peer(workload, batch, steps, clock, variant)
     times = clock.times()
     milliseconds = median(times)
-    tokens = batch * config.max_position_embeddings / milliseconds * 1000
+    samples = batch / milliseconds * 1000
     return {
         "variant": variant,
         "model": model,
         "batch": batch,
         "ms": round(milliseconds, 2),
         "spread": [round(min(times), 2), round(max(times), 2)],
-        "tokens_per_s": round(tokens),
-        "mfu": round(tokens * flops_per_token(config) / PEAK, 4),
+        "tokens_per_s": round(samples * workload.tokens_per_sample),
+        "mfu": round(samples * workload.flops_per_sample / PEAK, 4),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
         "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
         "loss": [round(losses[i], 4) for i in (0, 1, len(losses) // 2, -1)],
@@ -221,9 +207,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--batches", nargs="+", type=int, default=[8, 24])
-    parser.add_argument("--model", default="gpt2-large")
+    parser.add_argument("--model", default="gpt2-large", choices=tuple(WORKLOADS))
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--profile", action="store_true", help="list the kernels of two steps")
+    parser.add_argument("--profile", action="store_true", help="list the kernels of a few steps")
     parser.add_argument("--timeout", type=float, default=240.0, help="seconds per variant and batch")
     parser.add_argument("--here", action="store_true", help="in this process (one variant, one batch)")
     options = parser.parse_args()
@@ -255,8 +241,8 @@ def main() -> None:
                 print(f"{variant} batch {batch} failed:\n{output[-4000:]}", flush=True)
                 continue
             result = json.loads(lines[0].removeprefix("RESULT "))
-            top = result.pop("top", [])
-            print(json.dumps(result), *top, sep="\n", flush=True)
+            listings = result.pop("top", []), result.pop("idle", [])
+            print(json.dumps(result), *itertools.chain(*listings), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.workloads import Batch, Workload
 from lightning_megatron.models.config import GPTConfig
 
-Step = Callable[[Tensor, Tensor], Tensor]
-"""One optimizer step on tokens and labels ``[batch, sequence]``; returns the loss, still on the device."""
+Step = Callable[..., Tensor]
+"""One optimizer step on a batch's tensors by name; returns the loss, still on the device."""
 
 
 class _Block(nn.Module):
@@ -54,13 +55,13 @@ class Nano(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
 
-def _trainer(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor]) -> Step:
+def _trainer(model: nn.Module, loss_of: Callable[..., Tensor]) -> Step:
     """bf16 autocast over fp32 weights, fused AdamW, clip 1.0: float32 master weights, as the package has."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
-    def step(tokens: Tensor, labels: Tensor) -> Tensor:
+    def step(**batch: Tensor) -> Tensor:
         with torch.autocast("cuda", dtype=torch.bfloat16):
-            loss = loss_of(tokens, labels)
+            loss = loss_of(**batch)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -70,30 +71,17 @@ def _trainer(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor]) -> S
     return step
 
 
-def nano(config: GPTConfig) -> Step:
+def nano(workload: Workload) -> Callable[[Batch], Tensor]:
     """The plain GPT under torch.compile."""
-    model = Nano(config).cuda()
-    compiled = torch.compile(model, dynamic=False)
-    return _trainer(model, compiled)
+    assert isinstance(workload.config, GPTConfig)
+    model = Nano(workload.config).cuda()
+    step = _trainer(model, torch.compile(model, dynamic=False))
+    return lambda batch: step(**batch)
 
 
-def huggingface(config: GPTConfig) -> Step:
-    """``transformers.GPT2LMHeadModel`` with SDPA under torch.compile; labels are the shifted tokens already."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    model: Any = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=config.padded_vocab_size(1),
-            n_positions=config.max_position_embeddings,
-            n_embd=config.hidden_size,
-            n_layer=config.num_layers,
-            n_head=config.num_attention_heads,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            attn_implementation="sdpa",
-            use_cache=False,
-        )
-    ).cuda()
-    compiled = torch.compile(model, dynamic=False)
-    return _trainer(model, lambda tokens, labels: compiled(tokens, labels=tokens).loss)
+def huggingface(workload: Workload) -> Callable[[Batch], Tensor]:
+    """The workload's model of ``transformers`` with SDPA, under torch.compile."""
+    model = workload.hugging_face().cuda()
+    compiled: Any = torch.compile(model, dynamic=False)
+    step = _trainer(model, lambda **batch: compiled(**batch).loss)
+    return lambda batch: step(**workload.hugging_face_batch(batch))

@@ -25,6 +25,12 @@ if TYPE_CHECKING:
     from lightning_megatron.errors import ModuleError as ModuleError
     from lightning_megatron.layout import ParallelLayout as ParallelLayout
     from lightning_megatron.models.bert_module import BertModule as BertModule
+    from lightning_megatron.models.collectives import (
+        average_losses_across_data_parallel_group as average_losses_across_data_parallel_group,
+    )
+    from lightning_megatron.models.collectives import (
+        gather_across_data_parallel_groups as gather_across_data_parallel_groups,
+    )
     from lightning_megatron.models.config import BertConfig as BertConfig
     from lightning_megatron.models.config import GPTConfig as GPTConfig
     from lightning_megatron.models.config import T5Config as T5Config
@@ -58,9 +64,11 @@ _HOMES = {
     "ParallelLayout": "layout",
     "T5Config": "models.config",
     "T5Module": "models.t5_module",
+    "average_losses_across_data_parallel_group": "models.collectives",
+    "gather_across_data_parallel_groups": "models.collectives",
     "from_pretrained": "models.registry",
 }
-_SUBPACKAGES = ("callbacks", "data", "generation", "planner")
+_SUBPACKAGES = ("callbacks", "checkpoint", "compat", "data", "generation", "planner")
 
 
 def __getattr__(name: str) -> Any:

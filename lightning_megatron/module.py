@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_megatron.errors import DataError, ModuleError
 from lightning_megatron.optim.config import OptimizerConfig
+from lightning_megatron.progress import LateScalar
 from lightning_megatron.schedule import Batch, Loss, StepResult
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class MegatronModule(pl.LightningModule):
         self._built_in: BuildContext | None = None
         self.generation_config: GenerationConfig | None = None
         """What :meth:`predict_step` generates with."""
+        self._shown_loss = LateScalar()
         self._predicting: Engine | None = None
         self._predicted_prompts = 0
 
@@ -158,7 +160,10 @@ class MegatronModule(pl.LightningModule):
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         result = self.strategy.run_schedule(batch, forward_only=False)
-        self.log("train_loss", result.loss, prog_bar=True, batch_size=1)
+        self.log("train_loss", result.loss, batch_size=1)
+        shown = self._shown_loss.update(result.loss)
+        if shown is not None:
+            self.log("loss", shown, prog_bar=True, logger=False, batch_size=1)
         self._log_metrics("train_", result)
         return result.loss
 

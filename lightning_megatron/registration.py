@@ -21,6 +21,7 @@ def names() -> Iterator[tuple[str, dict[str, Any]]]:
     """Every registered name with its arguments of MegatronStrategy."""
     yield "megatron", {}
     yield "megatron_notebook", {"start_method": "fork"}
+    yield "megatron_auto", {"layout": "auto"}
     for tp in _SIZES[:4]:
         for pp in _SIZES:
             if tp * pp == 1:

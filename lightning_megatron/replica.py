@@ -57,7 +57,8 @@ class ReplicaDataLoader:
     Every rank of a replica gets the same batches, the same end, and the same error if reading fails. Ranks of middle
     pipeline stages get tensors that take no memory and tell nothing but the shape.
 
-    Any iterable of dicts works. Its position is part of a checkpoint: a loader with ``state_after(num_batches)`` and
+    Any iterable of dicts works. A key ``index``, the number of each sample, is kept beside what a module makes of a
+    batch. The position is part of a checkpoint: a loader with ``state_after(num_batches)`` and
     ``load_state_dict`` (as those of :mod:`lightning_megatron.data`) is asked for its state; of another, the batches
     that a resumed epoch has seen are read again and dropped.
     """
@@ -157,11 +158,21 @@ class ReplicaDataLoader:
         if source is None:
             return None, None
         try:
-            return self._prepare(next(source)), None
+            batch = next(source)
+            return _with_index(self._prepare(batch), batch), None
         except StopIteration:
             return None, None
         except Exception as error:
             return None, error
+
+
+def _with_index(prepared: dict[str, Any], batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep a batch's ``index``, the number of each sample in its dataset, for whoever reports on samples."""
+    index = batch.get("index") if isinstance(batch, Mapping) else None
+    if not torch.is_tensor(index) or index.dim() != 1 or "index" in prepared:
+        return prepared
+    sizes = {value.size(0) for value in prepared.values() if torch.is_tensor(value) and value.dim()}
+    return prepared | {"index": index} if sizes == {index.size(0)} else prepared
 
 
 def _with_own_generator(loader: Any, drop: int, seed: int) -> Iterator[Any]:

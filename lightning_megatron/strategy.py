@@ -5,27 +5,37 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, override
 
 import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from lightning_megatron.auto import Choice, Devices, Work, choose
 from lightning_megatron.backends import core, rng
 from lightning_megatron.checkpoint.io import load, load_weights, snapshot
+from lightning_megatron.checkpoint.metadata import HasTokenizer
+from lightning_megatron.checkpoint.publish import local_path
 from lightning_megatron.checkpoint.run_state import RunState
 from lightning_megatron.checkpoint.saver import CheckpointOptions, Saver
 from lightning_megatron.checkpoint.together import Team
 from lightning_megatron.errors import LayoutError, ModuleError
 from lightning_megatron.layout import ParallelLayout
+from lightning_megatron.models.config import TransformerModelConfig
 from lightning_megatron.models.transformer_config import BuildContext
 from lightning_megatron.module import MegatronModule
 from lightning_megatron.optim.config import OptimizerConfig
 from lightning_megatron.optim.optimizer import MegatronOptimizer, build_optimizer
+from lightning_megatron.planner.settings import Constraints
 from lightning_megatron.precision import MegatronPrecision
 from lightning_megatron.replica import ReplicaDataLoader, ReplicaGroups
 from lightning_megatron.schedule import Batch, Schedule, StepResult
@@ -39,6 +49,9 @@ class MegatronStrategy(DDPStrategy):
     Sizes and switches have Megatron's names. Data parallelism takes the processes that the other kinds leave.
 
     Args:
+        layout: instead of sizes, a layout or its short form (``"tp2_pp2_sp"``), or ``"auto"``: the planner's fastest
+            that fits model, batch and devices. It keeps the sizes and switches that are given beside it, and takes the
+            batch from the data module.
         tensor_model_parallel_size: see :class:`~lightning_megatron.ParallelLayout`, as for all sizes.
         micro_batch_size: samples that go through the pipeline at a time. ``None`` is the whole batch of a rank without
             a pipeline, and 1 with one.
@@ -58,6 +71,7 @@ class MegatronStrategy(DDPStrategy):
 
     def __init__(
         self,
+        layout: str | ParallelLayout | None = None,
         *,
         tensor_model_parallel_size: int = 1,
         pipeline_model_parallel_size: int = 1,
@@ -79,7 +93,7 @@ class MegatronStrategy(DDPStrategy):
         **kwargs: Any,
     ) -> None:
         super().__init__(timeout=timeout, **kwargs)
-        self.layout = ParallelLayout(
+        given = ParallelLayout(
             tensor_model_parallel_size=tensor_model_parallel_size,
             pipeline_model_parallel_size=pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
@@ -90,6 +104,18 @@ class MegatronStrategy(DDPStrategy):
             num_layers_in_last_pipeline_stage=num_layers_in_last_pipeline_stage,
             pipeline_model_parallel_layout=pipeline_model_parallel_layout,
         )
+        self._forks = kwargs.get("start_method") == "fork"
+        self._undecided = layout == "auto"
+        if self._undecided and any(
+            size is not None
+            for size in (
+                num_layers_in_first_pipeline_stage,
+                num_layers_in_last_pipeline_stage,
+                pipeline_model_parallel_layout,
+            )
+        ):
+            raise LayoutError("'auto' also decides how layers are spread over stages. Leave those arguments out.")
+        self.layout = given if layout is None or self._undecided else _named_layout(layout, given)
         if micro_batch_size is not None and micro_batch_size < 1:
             raise LayoutError(f"micro_batch_size={micro_batch_size}, but must be at least 1, or None.")
         if overlap_param_gather and not (use_distributed_optimizer and overlap_grad_reduce):
@@ -126,6 +152,11 @@ class MegatronStrategy(DDPStrategy):
     def data_parallel_rank(self) -> int:
         """Which replica this rank belongs to."""
         return self.layout.coordinates(self.global_rank, self.world_size).data
+
+    @property
+    def has_data(self) -> bool:
+        """Whether batches on this rank hold data, not shapes alone as on middle pipeline stages."""
+        return self._replica is not None and self._replica.has_data
 
     @property
     def build_context(self) -> BuildContext:
@@ -174,9 +205,71 @@ class MegatronStrategy(DDPStrategy):
     @override
     def setup_environment(self) -> None:
         self.layout.data_parallel_size(self.world_size)  # before any process waits for another
+        if self._forks:
+            # OpenMP's threads stay in the notebook's process, and a fork that used more than one would wait for them.
+            torch.set_num_threads(1)
         super().setup_environment()
         core.use_device(self.root_device)
+        if self._undecided:
+            self._decide()
         self._initialise_groups()
+
+    def _decide(self) -> None:
+        """Take what the planner chooses on rank 0, which all ranks hear of, as of an error."""
+        told: tuple[Choice | None, str] = (None, "")
+        if self.is_global_zero:
+            try:
+                told = (choose(self._work(), self._devices(), self._given()), "")
+            except LayoutError as error:
+                told = (None, str(error))
+        choice, message = self.broadcast(told)
+        if choice is None:
+            raise LayoutError(f"MegatronStrategy('auto'): {message}")
+        self.layout = replace(choice.layout, expert_model_parallel_size=self.layout.expert_model_parallel_size)
+        self.layout.data_parallel_size(self.world_size)
+        self.micro_batch_size = choice.micro_batch_size
+        self.use_distributed_optimizer = choice.use_distributed_optimizer
+        self._ddp_options["overlap_grad_reduce"] |= choice.overlap_grad_reduce
+        self._ddp_options["overlap_param_gather"] |= choice.overlap_param_gather
+        self._undecided = False
+        rank_zero_info(f"MegatronStrategy('auto'): {choice.reason}")
+
+    def _work(self) -> Work:
+        module = self.lightning_module
+        config = getattr(module, "config", None)
+        if not isinstance(config, TransformerModelConfig):
+            raise LayoutError(
+                f"{type(module).__name__} has no `config` of a known kind, such as GPTConfig, by which to plan. Give "
+                "the sizes instead of 'auto'."
+            )
+        assert module is not None
+        data = getattr(module.trainer, "datamodule", None)
+        return Work(
+            model=config,
+            precision=self.precision_plugin.precision,  # type: ignore[arg-type]
+            global_batch_size=getattr(data, "global_batch_size", None),
+            seq_length=getattr(data, "seq_length", None),
+            context_parallel=bool(getattr(module, "supports_context_parallel", False)),
+        )
+
+    def _devices(self) -> Devices:
+        name, memory = core.device_name_and_memory(self.root_device)
+        shares = self.num_processes if name == "cpu" else 1
+        return Devices(name=name, memory=memory / shares, count=self.world_size, per_node=self.num_processes)
+
+    def _given(self) -> Constraints:
+        """Sizes and switches that are not at their defaults."""
+        layout = self.layout
+        sizes = {
+            name: size
+            for name, size in layout.as_dict().items()
+            if name in Constraints.__dataclass_fields__ and size != ParallelLayout.__dataclass_fields__[name].default
+        }
+        return Constraints(
+            **sizes,  # type: ignore[arg-type]
+            micro_batch_size=self.micro_batch_size,
+            use_distributed_optimizer=True if self.use_distributed_optimizer else None,
+        )
 
     def _initialise_groups(self) -> None:
         if self._context is not None and self._context.policy == self.precision_plugin.policy:
@@ -339,7 +432,37 @@ class MegatronStrategy(DDPStrategy):
             self._window_tokens = num_tokens
             return
         self._window_tokens = None
-        core.finalize_model_grads(chunks, num_tokens, **kwargs)
+        if num_tokens is None or self._gradients_are_looked_at():
+            core.finalize_model_grads(chunks, num_tokens, **kwargs)
+            return
+        core.finalize_model_grads(chunks, None, **kwargs)
+        scale = 1.0 / self._over_all_ranks(num_tokens).clamp(min=1)
+        if not self.megatron_optimizer.scale_gradients(scale):
+            for chunk in chunks:
+                chunk.scale_gradients(scale)
+
+    def _gradients_are_looked_at(self) -> bool:
+        """Whether anyone may read gradients before the optimizer does, which can divide them while it reads them.
+
+        A callback that has such a hook but needs no values says so by ``reads_gradients = False``.
+        """
+        module = self.lightning_module
+        assert module is not None
+        hooks = ("on_after_backward", "on_before_optimizer_step")
+        return any(
+            getattr(type(hooked), hook) is not getattr(base, hook) and getattr(hooked, "reads_gradients", True)
+            for hooked, base in ((module, pl.LightningModule), *((c, pl.Callback) for c in module.trainer.callbacks))  # type: ignore[attr-defined]
+            for hook in hooks
+        )
+
+    def _over_all_ranks(self, num_tokens: Tensor) -> Tensor:
+        """Tokens of all replicas, on every rank, from those that the last pipeline stage has counted."""
+        groups = self.build_context.groups
+        if groups.pp.size() > 1:
+            dist.broadcast(num_tokens, group_src=groups.pp.size() - 1, group=groups.pp)
+        if groups.dp_cp.size() > 1:
+            dist.all_reduce(num_tokens, group=groups.dp_cp)
+        return num_tokens
 
     @override
     @contextmanager
@@ -352,7 +475,10 @@ class MegatronStrategy(DDPStrategy):
             self._more_to_accumulate = False
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Names in this rank's chunks and accumulated gradients, for callbacks before an optimizer step."""
+        """Names in this rank's chunks and gradients, for ``on_after_backward`` and ``on_before_optimizer_step``.
+
+        Elsewhere they may be sums over the tokens of the batch, which the optimizer divides as it reads them.
+        """
         for chunk in self._wrapped_for_training:
             for name, parameter in _unwrap(chunk).named_parameters():
                 if parameter.requires_grad:
@@ -386,26 +512,48 @@ class MegatronStrategy(DDPStrategy):
         with self.gathered_weights():
             state = self._run_state(with_optimizer="optimizer_states" in checkpoint)
             description = self.lightning_module.describe()
-            team = self._saver.team
-            read_back = self._checkpoint_options.read_back
+            trainer = self.lightning_module.trainer
+            data = trainer.datamodule if self.is_global_zero else None  # type: ignore[attr-defined]
             self._saver.save(
-                snapshot(Path(filepath), state, checkpoint, description, self.layout, team, read_back=read_back)
+                snapshot(
+                    local_path(filepath),
+                    state,
+                    checkpoint,
+                    description,
+                    self.layout,
+                    self._saver.team,
+                    read_back=self._checkpoint_options.read_back,
+                    tokenizer=data.tokenizer_description if isinstance(data, HasTokenizer) else None,
+                )
             )
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         assert isinstance(self.lightning_module, MegatronModule)
         self._saver.wait()
+        fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
         with self.gathered_weights():
-            return load(
-                Path(checkpoint_path),
-                self._run_state(with_optimizer=self.lightning_module.trainer.state.fn == TrainerFn.FITTING),
+            checkpoint = load(
+                local_path(checkpoint_path),
+                self._run_state(with_optimizer=fitting),
                 self.lightning_module.describe(),
                 self.layout,
                 self._saver.team,
                 strict=self.lightning_module.strict_loading,
                 weights_only=weights_only,
             )
+        if fitting:
+            self._restore_data_position(checkpoint)
+        return checkpoint
+
+    def _restore_data_position(self, checkpoint: Mapping[str, Any]) -> None:
+        """Lightning leaves loaders at their start that it made before it read the checkpoint, as it does for
+        ``estimated_stepping_batches`` in ``configure_optimizers`` where epochs limit a run."""
+        loaders = self.lightning_module.trainer.train_dataloader  # type: ignore[union-attr]
+        states = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {}).get("combined_loader", [])
+        if loaders is not None and states:
+            for loader, state in zip(CombinedLoader(loaders).flattened, states, strict=True):
+                loader.load_state_dict(state)
 
     def load_weights(
         self, path: str | Path, *, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
@@ -426,11 +574,18 @@ class MegatronStrategy(DDPStrategy):
         with self.gathered_weights():
             state = self._run_state(with_optimizer=bool(self.optimizers))
             description = self.lightning_module.describe()
-            return load_weights(Path(path), state, description, self._saver.team, include=include, exclude=exclude)
+            return load_weights(
+                local_path(path), state, description, self._saver.team, include=include, exclude=exclude
+            )
 
     @override
     def remove_checkpoint(self, filepath: Any) -> None:
-        self._saver.remove(Path(filepath))
+        self._saver.remove(local_path(filepath))
+
+    @property
+    def saving_in_background(self) -> bool:
+        """Whether this rank is writing a checkpoint while training goes on."""
+        return self._checkpoint_saver is not None and self._checkpoint_saver.busy
 
     @property
     def team(self) -> Team:
@@ -456,9 +611,11 @@ class MegatronStrategy(DDPStrategy):
         lazily = self._ddp_options["overlap_param_gather"] and self._wrapped_for_training
         for chunk in self._wrapped_for_training if lazily else ():
             chunk.disable_forward_pre_hook(param_sync=True)
-        yield
-        for chunk in self._wrapped_for_training if lazily else ():
-            chunk.enable_forward_pre_hook()
+        try:
+            yield
+        finally:
+            for chunk in self._wrapped_for_training if lazily else ():
+                chunk.enable_forward_pre_hook()
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -476,6 +633,12 @@ class MegatronStrategy(DDPStrategy):
         self.precision_plugin.teardown()
         assert self.accelerator is not None
         self.accelerator.teardown()
+
+
+def _named_layout(layout: str | ParallelLayout, given: ParallelLayout) -> ParallelLayout:
+    if given != ParallelLayout():
+        raise LayoutError(f"The layout {layout} already says every size, but {given} was given beside it. Give one.")
+    return ParallelLayout.parse(layout) if isinstance(layout, str) else layout
 
 
 def _unwrap(chunk: Any) -> Any:

@@ -124,6 +124,9 @@ def say(text: str) -> None:
 
 def main() -> None:
     """Run the demo."""
+    from lightning_megatron.reporting.page import render
+    from lightning_megatron.reporting.run import read_run
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=240, help="optimizer steps to train (default: 240)")
     parser.add_argument("--run-dir", type=Path, default=Path("demo_run"), help="where everything goes")
@@ -141,6 +144,7 @@ def main() -> None:
         f"run_dir={run}",
         f"trainer.max_steps={arguments.steps}",
         f"trainer.val_check_interval={max(1, arguments.steps // 4)}",
+        f"trainer.log_every_n_steps={max(1, min(10, arguments.steps // 4))}",
         *("optim.lr=2e-3", "optim.min_lr=2e-4", f"optim.lr_warmup_steps={arguments.steps // 20}"),
         *("callbacks=sample", 'callbacks.sample.prompts=["Return a new","The following"]'),
         *(
@@ -174,6 +178,8 @@ def main() -> None:
     say(f"validation loss {before:.6f} as trained ({layout.train[0]}), {after:.6f} resumed ({layout.resume[0]}): "
         f"difference {abs(before - after):.1e}")  # fmt: skip
     say(f"validation perplexity {math.exp(before):.1f}; unigram model {baseline:.1f}; {speed:,.0f} tokens/s")
+    (directory / "report.html").write_text(render(read_run(run)), encoding="utf-8")
+    say(f"the run on one page: {directory / 'report.html'}")
     say(f"loss curve: {directory / 'loss.png'}; summary: {directory / 'summary.json'}; {summary['seconds']} s in all")
     if abs(before - after) >= 1e-4:
         raise SystemExit(f"The resumed checkpoint validates differently: {before} and {after}.")

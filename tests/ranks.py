@@ -96,7 +96,7 @@ class RankPool:
                 rank = waiting.pop(connection)  # type: ignore[arg-type]
                 try:
                     ok, value = connection.recv()  # type: ignore[union-attr]
-                except EOFError:
+                except (EOFError, ConnectionResetError):
                     ok, value = False, f"died with exit code {self._exit_code(rank)}"
                 (results if ok else errors)[rank] = value
             if errors:

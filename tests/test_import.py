@@ -21,6 +21,19 @@ def test_import_prints_nothing(code: str) -> None:
     assert (result.stdout, result.stderr, result.returncode) == ("", "", 0)
 
 
+def test_names_that_users_look_for() -> None:
+    code = "import lightning_megatron as lm\n"
+    code += "print([n for n in dir(lm) if not n.startswith('__') and getattr(lm, n, None) is None])\n"
+    code += "print(lm.average_losses_across_data_parallel_group.__name__, lm.compat.GPTTrainStep.name)\n"
+    code += "print(lm.checkpoint.average.__name__, lm.generation.megatron_generate.__name__)"
+    lines = run(code).stdout.strip().splitlines()
+    assert lines == [
+        "[]",
+        "average_losses_across_data_parallel_group GPTTrainStep",
+        "average megatron_generate",
+    ]
+
+
 def test_import_is_light() -> None:
     code = "import sys, lightning_megatron, lightning_megatron.layout, lightning_megatron.models.config\n"
     code += "print([n for n in ('torch', 'lightning', 'megatron', 'hydra', 'transformers') if n in sys.modules])"

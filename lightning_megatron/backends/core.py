@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import psutil
 import torch
 
 from lightning_megatron.backends import cpu, kernels
@@ -90,10 +91,11 @@ with _quiet_import():
     from megatron.core.transformer.attention import CrossAttention, CrossAttentionSubmodules, SelfAttention
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.identity_op import IdentityOp
-    from megatron.core.transformer.mlp import MLP
-    from megatron.core.transformer.module import Float16Module
+    from megatron.core.transformer.mlp import MLP, MLPSubmodules
+    from megatron.core.transformer.module import Float16Module, param_is_not_shared
     from megatron.core.transformer.module import MegatronModule as CoreModule
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+    from megatron.core.transformer.moe.router import Router
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_block import (
         TransformerBlock,
@@ -123,6 +125,25 @@ def use_device(device: torch.device) -> None:
         cpu.uninstall()
 
 
+def device_name_and_memory(device: torch.device) -> tuple[str, float]:
+    """What CUDA calls the device and its total bytes; ``"cpu"`` and the host's free bytes for a CPU."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return properties.name, float(properties.total_memory)
+    return "cpu", float(psutil.virtual_memory().available)
+
+
+def is_counted_here(parameter: torch.Tensor, groups: ProcessGroupCollection) -> bool:
+    """Whether this rank counts ``parameter`` for its tensor- and pipeline-parallel ranks.
+
+    False for all but one copy of what tensor-parallel ranks hold alike, and for the last stage's copy of a tied
+    embedding.
+    """
+    return param_is_not_shared(parameter) and tensor_parallel.param_is_not_tensor_parallel_duplicate(
+        parameter, groups.tp, groups.expt_tp
+    )
+
+
 __all__ = [
     "AttnMaskType",
     "CoreModule",
@@ -140,12 +161,14 @@ __all__ = [
     "LanguageModelEmbedding",
     "LanguageModule",
     "MLP",
+    "MLPSubmodules",
     "MegatronOptimizer",
     "ModelType",
     "ModuleSpec",
     "OptimizerParamScheduler",
     "ProcessGroupCollection",
     "RotaryEmbedding",
+    "Router",
     "SelfAttention",
     "ShardedObject",
     "ShardedTensor",
@@ -155,6 +178,7 @@ __all__ = [
     "TransformerConfig",
     "TransformerLayer",
     "TransformerLayerSubmodules",
+    "device_name_and_memory",
     "dist_checkpointing",
     "divide",
     "finalize_model_grads",
@@ -167,6 +191,7 @@ __all__ = [
     "get_num_layers_to_build",
     "get_transformer_layer_offset",
     "initialize_rng_tracker",
+    "is_counted_here",
     "make_sharded_tensors_for_checkpoint",
     "model_parallel_cuda_manual_seed",
     "parallel_state",

@@ -17,34 +17,59 @@ from torch import Tensor
 
 from lightning_megatron.backends import gpu_adam_kernel
 
-_OWNER = "_clipped_by_fused_adam"
+_OWNER = "_pending_of_fused_adam"
 
 
-def deferred_clip(parameters: list[Tensor], coefficient: Tensor) -> bool:
-    """Leave clipping to the optimizer's kernel, if one kernel owns all these parameters.
+def clip_gradients(parameters: list[Tensor], total_norm: Tensor, max_norm: float) -> None:
+    """Scale gradients by ``min(1, max_norm / (total_norm + 1e-6))``, in the optimizer's kernel if it can.
 
-    Returns:
-        Whether it will. A parameter is marked by the kernel that owns it, at that kernel's first step.
+    It can if one kernel owns all of these parameters. A parameter is marked by the :class:`FusedAdam` that owns it.
+
+    Args:
+        total_norm: of the gradients as they are, without the scale of :meth:`FusedAdam.scale_gradients`.
     """
-    clip = getattr(parameters[0], _OWNER, None)
+    pending = getattr(parameters[0], _OWNER, None)
+    scale = None if pending is None else pending.scale
+    norm = total_norm if scale is None else total_norm * scale
+    coefficient = (max_norm / (norm + 1.0e-6)).clamp(max=1.0)
+    if scale is not None:
+        coefficient = coefficient * scale
     # All of them, or megatron-core clips two groups of parameters by two norms.
-    if (
-        clip is None
-        or clip.num_parameters != len(parameters)
-        or any(getattr(p, _OWNER, 0) is not clip for p in parameters)
-    ):
-        return False
-    clip.coefficient = coefficient
-    return True
+    deferred = (
+        pending is not None
+        and pending.num_parameters == len(parameters)
+        and all(getattr(p, _OWNER, None) is pending for p in parameters)
+    )
+    if deferred and pending is not None:
+        pending.coefficient = coefficient
+        return
+    if pending is not None:
+        pending.scaled = True
+    _multiply_gradients(parameters, coefficient)
+
+
+def _multiply_gradients(parameters: list[Tensor], factor: Tensor) -> None:
+    torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor.reshape(()))
 
 
 @dataclass
-class _Clip:
+class _Pending:
     """What scales the gradients of one optimizer in its next step."""
 
     num_parameters: int = 0
+    """That the kernel updates; 0 before its first step."""
     coefficient: Tensor | None = None
-    """Shape ``[1]``."""
+    """Of clipping, with ``scale`` in it, shape ``[1]``."""
+    scale: Tensor | None = None
+    """Asked for by :meth:`FusedAdam.scale_gradients`."""
+    scaled: bool = False
+    """The gradients have been multiplied by it already."""
+
+    def take(self) -> Tensor | None:
+        """What is left to multiply by; the next step starts afresh."""
+        left = self.coefficient if self.coefficient is not None else None if self.scaled else self.scale
+        self.coefficient, self.scale, self.scaled = None, None, False
+        return left
 
 
 @dataclass(frozen=True)
@@ -79,7 +104,7 @@ class FusedAdam(torch.optim.AdamW):
         self.defaults["decoupled_weight_decay"] = adam_w_mode
         for group in self.param_groups:
             group["decoupled_weight_decay"] = adam_w_mode
-        self._clip = _Clip()
+        self._pending = _Pending()
         self._launches: list[_Launch] | None = None
         self._addresses: tuple[int, ...] = ()
         self._model_params: dict[Tensor, Tensor] = {}
@@ -90,6 +115,18 @@ class FusedAdam(torch.optim.AdamW):
         """From the next step on, write each ``(master, model)`` pair's 16-bit model weight together with its master."""
         self._model_params = dict(pairs)
         self._launches = None
+
+    def scale_gradients(self, scale: Tensor) -> None:
+        """Multiply the gradients of the next step by a number, when they are read: that saves a pass over all of them.
+
+        Args:
+            scale: on the gradients' device, shape ``[]`` or ``[1]``.
+        """
+        for group in self.param_groups:
+            for p in group["params"]:
+                setattr(p, _OWNER, self._pending)
+        self._pending.take()
+        self._pending.scale = scale.float().reshape(1)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch; the next step looks at its tensors afresh."""
@@ -104,6 +141,9 @@ class FusedAdam(torch.optim.AdamW):
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not parameters or not _kernel_runs_on(parameters, self.param_groups):
             self.wrote_model_params = False
+            left = self._pending.take()
+            if left is not None and parameters:
+                _multiply_gradients(parameters, left)
             return super().step(closure)
         loss = None
         if closure is not None:
@@ -112,12 +152,13 @@ class FusedAdam(torch.optim.AdamW):
         self._initialise(parameters)
         if self._launches is None or self._addresses_of(parameters) != self._addresses:
             self._plan(parameters)
+        coefficient = self._pending.take()
         for launch in self._launches or ():
             torch._foreach_add_(launch.steps, 1)
             group = launch.group
             gpu_adam_kernel.launch(
                 launch.tables,
-                coefficient=self._clip.coefficient,
+                coefficient=coefficient,
                 lr=float(group["lr"]),
                 betas=group["betas"],
                 eps=group["eps"],
@@ -125,7 +166,6 @@ class FusedAdam(torch.optim.AdamW):
                 decoupled=group["decoupled_weight_decay"],
                 step=int(launch.steps[0].item()),  # on the host: no synchronisation
             )
-        self._clip.coefficient = None
         self.wrote_model_params = bool(self._model_params)
         return loss
 
@@ -153,7 +193,7 @@ class FusedAdam(torch.optim.AdamW):
         """Sort the parameters into launches and upload their addresses."""
         buckets: dict[tuple[Any, ...], tuple[dict[str, Any], list[Tensor]]] = {}
         wanted = set(parameters)
-        self._clip.num_parameters = len(parameters)
+        self._pending.num_parameters = len(parameters)
         for index, group in enumerate(self.param_groups):
             for p in group["params"]:
                 if p not in wanted:
@@ -163,7 +203,7 @@ class FusedAdam(torch.optim.AdamW):
                 aligned = all(t.data_ptr() % 16 == 0 for t in tensors)
                 key = (index, self.state[p]["step"].item(), None if model is None else model.dtype, aligned, p.device)
                 buckets.setdefault(key, (group, []))[1].append(p)
-                setattr(p, _OWNER, self._clip)
+                setattr(p, _OWNER, self._pending)
         launches = []
         for (_, _, model_dtype, aligned, _), (group, members) in buckets.items():
             # A tensor that several parameters share (megatron-core's loading makes such) counts once a step.

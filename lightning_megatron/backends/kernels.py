@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_megatron.backends.fused_adam import FusedAdam, deferred_clip
+from lightning_megatron.backends.fused_adam import FusedAdam, clip_gradients
 
 
 class Replacement(NamedTuple):
@@ -93,9 +93,7 @@ def clip_grad_by_total_norm_fp32(
         raise TypeError(f"Gradients of {wrong} reached the clipping, which takes float32 and bfloat16.")
     if not isinstance(total_norm, Tensor):
         total_norm = torch.tensor([total_norm], dtype=torch.float32, device=grads[0].device)
-    coefficient = (max_norm / (total_norm.to(grads[0].device) + 1.0e-6)).clamp(max=1.0)
-    if not deferred_clip(with_grad, coefficient):
-        torch._foreach_mul_(grads, coefficient.reshape(()))
+    clip_gradients(with_grad, total_norm.to(grads[0].device), max_norm)
 
 
 def multi_tensor_copy(this: list[Tensor], that: list[Tensor], overflow_buf: Tensor | None = None) -> None:

@@ -110,12 +110,14 @@ def snapshot(
     team: Team,
     *,
     read_back: bool = False,
+    tokenizer: dict[str, Any] | None = None,
 ) -> Snapshot:
     """Decide who writes what.
 
     Args:
         lightning: the Trainer's state.
         model: what the model says of itself.
+        tokenizer: what the data says of its tokenizer, on rank 0.
     """
     shards = list(state.shards(team.rank))
     facts = optimizer_state.facts(state.optimizer.core) if state.optimizer is not None else {}
@@ -132,7 +134,7 @@ def snapshot(
         if team.first
         else [],
         lightning=pickled(lightning) if team.first else b"",
-        metadata=CheckpointMetadata(model, layout.as_dict(), team.size, versions()),
+        metadata=CheckpointMetadata(model, layout.as_dict(), team.size, versions(), tokenizer=tokenizer or {}),
         read_back=read_back,
     )
 

@@ -7,12 +7,22 @@ import zlib
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from lightning_megatron.errors import CheckpointError
 
 FILE = "lightning_megatron.json"
 FORMAT = 2
+
+
+@runtime_checkable
+class HasTokenizer(Protocol):
+    """A data module that tells about its tokenizer, as those of :mod:`lightning_megatron.data`."""
+
+    @property
+    def tokenizer_description(self) -> dict[str, Any]:
+        """In types that JSON has."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +55,8 @@ class CheckpointMetadata:
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, FileSum] = field(default_factory=dict)
     format: int = FORMAT
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+    """Where the run's tokenizer is and what tells it from others, if the data module has one."""
 
     def write(self, directory: Path) -> None:
         """Write the file into ``directory``."""

@@ -7,8 +7,25 @@ import os
 import shutil
 from pathlib import Path
 
+from lightning_megatron.errors import CheckpointError
+
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+
+
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """A path of a file system, which every rank must see.
+
+    Raises:
+        CheckpointError: a URL, such as Lightning takes elsewhere.
+    """
+    scheme, separator, rest = os.fspath(path).partition("://")
+    if separator and scheme != "file":
+        raise CheckpointError(
+            f"{path} is a URL, but checkpoints are directories that all ranks write into. Give a path of a file "
+            "system that all of them see, and copy it from there."
+        )
+    return Path(rest if separator else path)
 
 
 def partial_path(path: Path) -> Path:

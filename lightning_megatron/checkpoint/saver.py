@@ -57,14 +57,15 @@ class Saver:
 
     def ready(self) -> bool:
         """Whether a save may begin; waits for the one before, if that is what to do."""
-        if self._thread is not None and self.options.when_busy == "skip" and any(self.team.share(self._busy)):
+        if self._thread is not None and self.options.when_busy == "skip" and any(self.team.share(self.busy)):
             rank_zero_warn("A checkpoint is skipped: the one before is still being written. Save less often.")
             return False
         self.wait()
         return True
 
     @property
-    def _busy(self) -> bool:
+    def busy(self) -> bool:
+        """Whether this rank is writing in the background."""
         return self._thread is not None and self._thread.is_alive()
 
     def save(self, snapshot: Snapshot) -> None:

@@ -340,4 +340,4 @@ def to_yaml(config: Mapping[str, Any]) -> str:
 
 def command(path: Path) -> str:
     """How to train with the file at ``path``."""
-    return f"python recipes/pretrain.py --config-dir {path.resolve().parent} --config-name {path.stem}"
+    return f"lightning-megatron pretrain --config-dir {path.resolve().parent} --config-name {path.stem}"

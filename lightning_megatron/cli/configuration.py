@@ -61,12 +61,22 @@ def recipe(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callabl
 
         def main() -> None:
             with _messages():
+                _check_words(sys.argv[1:])
                 check_overrides(config_name, [argument for argument in sys.argv[1:] if _is_override(argument)])
             run()
 
         return main
 
     return decorate
+
+
+def _check_words(arguments: Sequence[str]) -> None:
+    """Raise :class:`ConfigurationError` for a word that is neither an override nor an option or its value."""
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if "=" not in argument and not argument.startswith(("-", "~")) and not before.startswith("-"):
+            raise ConfigurationError(
+                f"{argument!r} is not field=value, such as model=gpt_tiny or trainer.max_steps=10."
+            )
 
 
 def _is_override(argument: str) -> bool:
@@ -176,7 +186,11 @@ def _nearest(name: str, names: Sequence[str]) -> str:
 
 
 def check(config: DictConfig) -> None:
-    """Raise :class:`ConfigurationError` if a node's ``_target_`` does not take a field, or not a value of its type."""
+    """Raise :class:`ConfigurationError` if a node's ``_target_`` does not take a field, or not a value of its type, or
+    a value is missing."""
+    for key in map(str, config):
+        if OmegaConf.is_missing(config, key):
+            raise ConfigurationError(f"{key} has no value. Give it one: {key}=...")
     for path, node in _targets(config, ""):
         target = _locate(node["_target_"], path)
         hints, takes_any = _parameters(target)

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
     from lightning_megatron.generation import GenerationConfig
     from lightning_megatron.module import MegatronModule
 
-_EXAMPLE = "lightning-megatron generate run/checkpoints/last.ckpt --tokenizer run/tokenizer --prompt 'The module'"
+_EXAMPLE = "lightning-megatron generate run/checkpoints/last.ckpt --prompt 'The module'"
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
@@ -29,9 +31,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command and ``recipes/generate.py`` share."""
+    """What the command takes; ``recipes/generate.py`` takes the same, and more, as a Hydra configuration."""
     parser.add_argument("checkpoint", type=Path, help="directory that trainer.save_checkpoint or a callback wrote")
-    parser.add_argument("--tokenizer", required=True, help="directory, tokenizer.json, or name that transformers knows")
+    parser.add_argument(
+        "--tokenizer", help="directory, tokenizer.json, or name that transformers knows (default: the run's own)"
+    )
     parser.add_argument("--prompt", action="append", default=[], help="text to continue; may be given several times")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with a prompt on each line")
     machine = parser.add_argument_group("processes")
@@ -53,14 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; 0, or 2 for arguments that do not fit, with the reason on standard error."""
-    from lightning_megatron.data import load_tokenizer
     from lightning_megatron.errors import CheckpointError, DataError
 
     try:
         texts = [*args.prompt, *(args.prompts.read_text().splitlines() if args.prompts else [])]
         if not texts:
             raise ValueError("Give at least one --prompt, or --prompts with a file of them.")
-        tokenizer = load_tokenizer(args.tokenizer)
+        tokenizer = tokenizer_of(args.checkpoint, args.tokenizer)
         config = _config(args, tokenizer)
         module = load(
             args.checkpoint,
@@ -106,6 +109,31 @@ class _NoPrompts:
         return iter(())
 
 
+def tokenizer_of(checkpoint: Path, given: str | None) -> Any:
+    """The tokenizer that was given, or that which the checkpoint names.
+
+    Raises:
+        CheckpointError: no whole checkpoint, or one that names none.
+        DataError: it cannot be loaded, or is another than the run's.
+    """
+    from lightning_megatron.checkpoint.metadata import CheckpointMetadata
+    from lightning_megatron.data import load_tokenizer
+    from lightning_megatron.data.tokenizer import tokenizer_identity
+    from lightning_megatron.errors import CheckpointError, DataError
+
+    if given is not None:
+        return load_tokenizer(given)
+    named = CheckpointMetadata.read(checkpoint).tokenizer
+    if not named.get("source"):
+        raise CheckpointError(f"{checkpoint} names no tokenizer. Give one.")
+    tokenizer = load_tokenizer(named["source"])
+    if not tokenizer_identity(tokenizer).startswith(named["identity"]):
+        raise DataError(
+            f"The tokenizer in {named['source']} is not the one that {checkpoint} was trained with any more."
+        )
+    return tokenizer
+
+
 def load(
     checkpoint: Path, *, layout: str, devices: int | None, accelerator: str = "auto", precision: str = "32-true"
 ) -> MegatronModule:
@@ -117,18 +145,9 @@ def load(
     """
     import lightning.pytorch as pl
 
-    from lightning_megatron.checkpoint.metadata import CheckpointMetadata
-    from lightning_megatron.errors import CheckpointError
     from lightning_megatron.layout import ParallelLayout
-    from lightning_megatron.models.config import GPTConfig, T5Config
-    from lightning_megatron.models.registry import module_for
     from lightning_megatron.strategy import MegatronStrategy
 
-    model = CheckpointMetadata.read(checkpoint).model
-    configs = {"GPTModule": GPTConfig, "T5Module": T5Config}
-    if model.get("module") not in configs:
-        raise CheckpointError(f"{checkpoint} holds a {model.get('module')}; {' and '.join(configs)} generate.")
-    module = module_for(configs[model["module"]](**model["config"]))
     sizes = ParallelLayout.parse(layout)
     trainer = pl.Trainer(
         accelerator=accelerator,
@@ -140,5 +159,25 @@ def load(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    return restore(checkpoint, trainer)
+
+
+def restore(checkpoint: Path, trainer: pl.Trainer) -> MegatronModule:
+    """The module of a checkpoint directory with its weights, in the processes of ``trainer``, ready to generate.
+
+    Raises:
+        CheckpointError: no whole checkpoint, or one of a model that does not generate.
+        LayoutError: a layout that the model or the processes do not fit.
+    """
+    from lightning_megatron.checkpoint.metadata import CheckpointMetadata
+    from lightning_megatron.errors import CheckpointError
+    from lightning_megatron.models.config import GPTConfig, T5Config
+    from lightning_megatron.models.registry import module_for
+
+    model = CheckpointMetadata.read(checkpoint).model
+    configs = {"GPTModule": GPTConfig, "T5Module": T5Config}
+    if model.get("module") not in configs:
+        raise CheckpointError(f"{checkpoint} holds a {model.get('module')}; {' and '.join(configs)} generate.")
+    module = module_for(configs[model["module"]](**model["config"]))
     trainer.predict(module, _NoPrompts(), ckpt_path=checkpoint)
     return module

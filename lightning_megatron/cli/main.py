@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import lightning_megatron
+from lightning_megatron.planner.hardware import unknown
 
 # Each has add_parser(subparsers), which sets `run`. Imported for its own command only, so that `plan` never waits for
 # what `generate` needs.
@@ -19,7 +22,9 @@ COMMANDS = {
     "config": "a configuration by questions, by flags, or from Accelerate's",
     "convert": "checkpoints of Hugging Face, Megatron-LM and this package into each other",
     "generate": "text from a checkpoint, over tensor and pipeline parallel ranks",
-    "doctor": "verify a checkpoint",
+    "schedule": "the learning rate of a run, drawn before it starts",
+    "report": "one HTML page of a run: curves, layout, checkpoints, configuration",
+    "doctor": "environment, kernels and a self-test of this machine; or whether checkpoints are whole",
 }
 RECIPES = {
     "pretrain": "recipes/pretrain.py: train, validate or test from Hydra configurations",
@@ -60,9 +65,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments:
         parser.print_help()
         return 2
-    parsed = parser.parse_args(arguments)
+    if chosen is not None and not chosen.startswith("-") and chosen not in available():
+        print(f"error: {unknown('command', chosen, available())}", file=sys.stderr)
+        return 2
+    parsed, surplus = parser.parse_known_args(arguments)
+    if surplus:
+        _refuse(subparsers.choices[parsed.command], surplus)
     run = getattr(parsed, "run", None) or importlib.import_module(f"lightning_megatron.cli.{parsed.command}").run
     return int(run(parsed) or 0)
+
+
+def _refuse(command: argparse.ArgumentParser, surplus: Sequence[str]) -> NoReturn:
+    """End with the usage of the command, not of all of them, and the nearest option that it has."""
+    options = [option for option in command.format_help().split() if option.startswith("--")]
+    near = difflib.get_close_matches(surplus[0].partition("=")[0], [option.strip("[],") for option in options], n=1)
+    command.error(f"unrecognized arguments: {' '.join(surplus)}" + (f". Did you mean {near[0]}?" if near else ""))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 A subclass of Accelerate's ``GPTTrainStep``, ``BertTrainStep`` or ``T5TrainStep`` keeps its code, but for one import::
 
-    from lightning_megatron.compat.train_step import GPTTrainStep, TrainStepModule
+    from lightning_megatron.compat import GPTTrainStep, TrainStepModule
     module = TrainStepModule(lm.GPTModule(config), MyTrainStep, keytoken_ids=[...], alpha=0.5)
 
 Both documented forms run: ``__init__(self, megatron_args, **kwargs)`` with ``get_loss_func(self)``, and since

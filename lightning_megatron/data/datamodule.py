@@ -1,5 +1,6 @@
 """Lightning data modules over indexed datasets."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from lightning_megatron.data.loader import Collate, GlobalBatchLoader
 from lightning_megatron.data.masked import Vocabulary
 from lightning_megatron.data.sampler import BatchRamp, GlobalBatchSampler
 from lightning_megatron.data.t5 import T5Dataset, T5Samples
-from lightning_megatron.data.tokenizer import Tokenizer, end_of_document_id, load_tokenizer
+from lightning_megatron.data.tokenizer import Tokenizer, describe_tokenizer, end_of_document_id, load_tokenizer
 from lightning_megatron.errors import DataError
 
 
@@ -31,6 +32,7 @@ class GlobalBatchDataModule(L.LightningDataModule):
         seed: Seeds the order of samples.
         rampup_batch_size: ``(start, increment, samples)``: the global batch grows from `start` by `increment` until
             `samples` samples are consumed.
+        tokenizer: Directory, JSON file or object, if there is one.
     """
 
     def __init__(
@@ -40,8 +42,10 @@ class GlobalBatchDataModule(L.LightningDataModule):
         num_workers: int = 2,
         seed: int = 1234,
         rampup_batch_size: tuple[int, int, int] | BatchRamp | None = None,
+        tokenizer: PathLike | Tokenizer | None = None,
     ) -> None:
         super().__init__()
+        self._tokenizer_source = tokenizer
         self.global_batch_size = global_batch_size
         self.num_workers = num_workers
         self.seed = seed
@@ -50,6 +54,18 @@ class GlobalBatchDataModule(L.LightningDataModule):
         self.datasets: dict[SplitName, Dataset[Any] | None] = {}
         self.first_shuffled_epoch = 0
         self.collate: Collate | None = None
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, loaded at first use; None if none was given."""
+        if self._tokenizer_source is not None:
+            self._tokenizer_source = load_tokenizer(self._tokenizer_source)
+        return self._tokenizer_source
+
+    @cached_property
+    def tokenizer_description(self) -> dict[str, Any]:
+        """What a checkpoint tells about the tokenizer of its run; nothing if there is none."""
+        return {} if self.tokenizer is None else describe_tokenizer(self.tokenizer)
 
     def train_dataloader(self) -> Any:
         """Loader of the training split."""
@@ -176,7 +192,11 @@ class PretrainingData(GlobalBatchDataModule):
         rampup_batch_size: tuple[int, int, int] | BatchRamp | None = None,
     ) -> None:
         super().__init__(
-            global_batch_size=global_batch_size, num_workers=num_workers, seed=seed, rampup_batch_size=rampup_batch_size
+            global_batch_size=global_batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            rampup_batch_size=rampup_batch_size,
+            tokenizer=tokenizer,
         )
         self.seq_length = seq_length
         self.split = split if splits_string is None else splits_string
@@ -192,7 +212,6 @@ class PretrainingData(GlobalBatchDataModule):
         self.cache_dir = Path(cache_dir) if cache_dir is not None else None
         # megatron-core's own shuffle is the order of the first epoch.
         self.first_shuffled_epoch = 1
-        self._tokenizer_source = tokenizer
         self._vocab_size = vocab_size
         per_split: dict[SplitName, DataPath | None] = {"train": train_path, "valid": valid_path, "test": test_path}
         self._per_split = {name: path for name, path in per_split.items() if path is not None}
@@ -203,13 +222,6 @@ class PretrainingData(GlobalBatchDataModule):
             )
         self.data_path = data_path
         split_bounds(self.split, 1)  # a split that cannot be read fails here, not after the processes have started
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer, loaded at first use; None if none was given."""
-        if self._tokenizer_source is not None:
-            self._tokenizer_source = load_tokenizer(self._tokenizer_source)
-        return self._tokenizer_source
 
     def setup(self, stage: Literal["fit", "validate", "test", "predict"] | str) -> None:
         """Open the datasets that `stage` needs and build or load their index maps."""

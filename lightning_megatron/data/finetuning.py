@@ -16,7 +16,8 @@ from lightning_megatron.data.blend import Sample, SplitName
 from lightning_megatron.data.cache import cached_maps, digest
 from lightning_megatron.data.datamodule import GlobalBatchDataModule
 from lightning_megatron.data.indexed import PathLike
-from lightning_megatron.data.tokenizer import Tokenizer, end_of_document_id, load_tokenizer, tokenizer_identity
+from lightning_megatron.data.sampler import BatchRamp
+from lightning_megatron.data.tokenizer import Tokenizer, end_of_document_id, tokenizer_identity
 from lightning_megatron.errors import DataError
 
 TooLong = Literal["truncate", "skip", "error"]
@@ -253,20 +254,22 @@ class FineTuningData(GlobalBatchDataModule):
         test_path: PathLike | None = None,
         samples: InstructionSamples | None = None,
         cache_dir: PathLike | None = None,
-        **loading: Any,
+        global_batch_size: int,
+        num_workers: int = 2,
+        seed: int = 1234,
+        rampup_batch_size: tuple[int, int, int] | BatchRamp | None = None,
     ) -> None:
-        super().__init__(**loading)
+        super().__init__(
+            global_batch_size=global_batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            rampup_batch_size=rampup_batch_size,
+            tokenizer=tokenizer,
+        )
         self.paths: dict[SplitName, PathLike | None] = {"train": train_path, "valid": valid_path, "test": test_path}
         self.seq_length = seq_length
         self.samples = samples
         self.cache_dir = Path(cache_dir) if cache_dir is not None else None
-        self._tokenizer_source = tokenizer
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer, loaded at first use."""
-        self._tokenizer_source = load_tokenizer(self._tokenizer_source)
-        return self._tokenizer_source
 
     def setup(self, stage: str) -> None:
         """Tokenize and pack the files that `stage` needs, or load what is cached."""

@@ -15,7 +15,8 @@ from lightning_megatron.data.cache import cached_maps, digest
 from lightning_megatron.data.datamodule import GlobalBatchDataModule
 from lightning_megatron.data.indexed import PathLike
 from lightning_megatron.data.preprocessing.encoding import bulk_encoder
-from lightning_megatron.data.tokenizer import Tokenizer, end_of_document_id, load_tokenizer, tokenizer_identity
+from lightning_megatron.data.sampler import BatchRamp
+from lightning_megatron.data.tokenizer import Tokenizer, end_of_document_id, tokenizer_identity
 from lightning_megatron.errors import DataError
 
 _ROWS = 1000
@@ -75,22 +76,24 @@ class HuggingFaceData(GlobalBatchDataModule):
         text_column: str | None = None,
         append_eod: bool = False,
         cache_dir: PathLike | None = None,
-        **loading: Any,
+        global_batch_size: int,
+        num_workers: int = 2,
+        seed: int = 1234,
+        rampup_batch_size: tuple[int, int, int] | BatchRamp | None = None,
     ) -> None:
-        super().__init__(**loading)
+        super().__init__(
+            global_batch_size=global_batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            rampup_batch_size=rampup_batch_size,
+            tokenizer=tokenizer,
+        )
         self.dataset = dataset
         self.block_size = block_size
         self.text_column = text_column
         self.append_eod = append_eod
         default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "lightning_megatron")
         self.cache_dir = Path(cache_dir) if cache_dir is not None else default
-        self._tokenizer_source = tokenizer
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer, loaded at first use."""
-        self._tokenizer_source = load_tokenizer(self._tokenizer_source)
-        return self._tokenizer_source
 
     def setup(self, stage: str) -> None:
         """Tokenize the splits that `stage` needs, or load what is cached."""

@@ -21,7 +21,8 @@ class GlobalBatchLoader:
 
     It wraps a `torch.utils.data.DataLoader` without being one: Lightning would exchange the sampler of a
     `DataLoader` for a shuffling `DistributedSampler`. Each batch is a dict of tensors with ``global_batch_size /
-    data_parallel_size`` samples in dim 0. `len()` is the number of optimizer steps of an epoch.
+    data_parallel_size`` samples in dim 0, and their numbers in the data set as `index` unless there is a `collate`.
+    `len()` is the number of optimizer steps of an epoch.
 
     Args:
         dataset: Map-style data set of dicts of tensors.
@@ -44,7 +45,7 @@ class GlobalBatchLoader:
         self._handed_out = 0
         self._finished_epoch: int | None = None
         self._loader: DataLoader[Any] = DataLoader(
-            _Padded(dataset),
+            _Padded(dataset, numbered=collate is None),
             batch_sampler=sampler,
             num_workers=num_workers,
             collate_fn=collate or default_collate,
@@ -88,13 +89,15 @@ class GlobalBatchLoader:
 
 
 class _Padded(Dataset[Any]):
-    """Answers the index :data:`PADDING` with a sample that has no loss."""
+    """Answers the index :data:`PADDING` with a sample that has no loss, and tells samples' numbers as ``index``."""
 
-    def __init__(self, dataset: Dataset[Any]) -> None:
+    def __init__(self, dataset: Dataset[Any], *, numbered: bool) -> None:
         self._dataset = dataset
+        self._numbered = numbered
 
     def __getitem__(self, index: int) -> Any:
-        return self._dataset[index] if index != PADDING else without_loss(self._dataset[0])
+        sample = self._dataset[index] if index != PADDING else without_loss(self._dataset[0])
+        return {"index": index, **sample} if self._numbered and isinstance(sample, dict) else sample
 
 
 def without_loss(sample: dict[str, Any]) -> dict[str, Any]:

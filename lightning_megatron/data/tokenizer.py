@@ -28,7 +28,15 @@ class Tokenizer(Protocol):
     def decode(self, token_ids: Any, **kwargs: Any) -> str: ...
 
 
-def train_byte_level_bpe(documents: Iterable[str], vocab_size: int, directory: PathLike) -> Path:
+BERT_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
+"""Special tokens that BERT's samples need."""
+T5_TOKENS = tuple(f"<extra_id_{number}>" for number in range(100))
+"""Sentinels that T5's samples need."""
+
+
+def train_byte_level_bpe(
+    documents: Iterable[str], vocab_size: int, directory: PathLike, *, special_tokens: Sequence[str] = ()
+) -> Path:
     """Train a byte-level BPE (GPT-2's kind) and save it so that `AutoTokenizer.from_pretrained(directory)` loads it.
 
     Args:
@@ -36,20 +44,24 @@ def train_byte_level_bpe(documents: Iterable[str], vocab_size: int, directory: P
         vocab_size: Size of the vocabulary, with 256 bytes and ``<|endoftext|>``, which is the eos, bos and unknown
             token.
         directory: Where to save; created if it is not there.
+        special_tokens: More of them: :data:`BERT_TOKENS` and :data:`T5_TOKENS` for pretraining BERT and T5.
 
     Returns:
         The directory.
 
     Raises:
-        DataError: `vocab_size` below 257.
+        DataError: `vocab_size` below what the bytes and special tokens need.
     """
     from tokenizers import Tokenizer as BackendTokenizer
     from tokenizers import decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    if vocab_size < 257:
+    special = (END_OF_TEXT, *special_tokens)
+    if vocab_size < 256 + len(special):
+        others = f" and {len(special_tokens)} more" if special_tokens else ""
         raise DataError(
-            f"vocab_size={vocab_size} is too small for byte-level BPE: 256 bytes and {END_OF_TEXT} need 257."
+            f"vocab_size={vocab_size} is too small for byte-level BPE: 256 bytes and {END_OF_TEXT}{others} need "
+            f"{256 + len(special)}."
         )
     backend = BackendTokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -57,14 +69,19 @@ def train_byte_level_bpe(documents: Iterable[str], vocab_size: int, directory: P
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     backend.train_from_iterator(documents, trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, unk_token=END_OF_TEXT
+        tokenizer_object=backend,
+        eos_token=END_OF_TEXT,
+        bos_token=END_OF_TEXT,
+        unk_token=END_OF_TEXT,
+        additional_special_tokens=[token for token in special_tokens if token not in BERT_TOKENS],
     )
+    _adopt_special_tokens(tokenizer)
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(path)
@@ -84,7 +101,7 @@ def load_tokenizer(source: PathLike | Tokenizer) -> Any:
     path = Path(source)
     try:
         if path.is_file():
-            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path), name_or_path=str(path))
             _adopt_special_tokens(tokenizer)
             return tokenizer
         return AutoTokenizer.from_pretrained(os.fspath(source))
@@ -125,6 +142,17 @@ def tokenizer_identity(tokenizer: Any) -> str:
     """Names the ids that a tokenizer gives: a hash of its vocabulary and chat template."""
     parts = [sorted(tokenizer.get_vocab().items()), getattr(tokenizer, "chat_template", None)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
+    """Where a tokenizer is from, and what tells it from others, in types that JSON has."""
+    source = str(getattr(tokenizer, "name_or_path", "") or "")
+    return {
+        "source": str(Path(source).resolve()) if source and Path(source).exists() else source,
+        "class": type(tokenizer).__name__,
+        "vocab_size": len(tokenizer),
+        "identity": tokenizer_identity(tokenizer)[:16],
+    }
 
 
 def unigram_perplexity(train_counts: Sequence[int] | NDArray[Any], tokens: Sequence[int] | NDArray[Any]) -> float:

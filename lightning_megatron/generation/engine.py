@@ -106,11 +106,12 @@ class Engine:
             return self._beams(prompts, config)
         plan = self._plan(prompts, config, copies=config.num_return_sequences)
         tokens, log_probs = [], []
-        for step, (new, log_prob) in enumerate(self._steps(plan, config, rows)):
+        news = _News(plan, config)
+        for new, log_prob in self._steps(plan, config, rows):
             tokens.append(new)
             log_probs.append(log_prob)
             if on_tokens is not None:
-                on_tokens(_new_tokens(plan, config, step, tokens, log_prob))
+                on_tokens(news(new, log_prob))
         return _generations(plan, config, prompts, tokens, log_probs)
 
     def stream(
@@ -118,10 +119,9 @@ class Engine:
     ) -> Iterator[NewTokens]:
         """As :meth:`generate`, yielding each token as it comes. Every rank of the replica must go on to the end."""
         plan = self._plan(prompts, config, copies=config.num_return_sequences)
-        tokens = []
-        for step, (new, log_prob) in enumerate(self._steps(plan, config, rows)):
-            tokens.append(new)
-            yield _new_tokens(plan, config, step, tokens, log_prob)
+        news = _News(plan, config)
+        for new, log_prob in self._steps(plan, config, rows):
+            yield news(new, log_prob)
 
     # ------------------------------------------------------------------------- the loop
 
@@ -322,17 +322,27 @@ def _generations(
     return found
 
 
-def _new_tokens(
-    plan: _Plan, config: GenerationConfig, step: int, tokens: list[Tensor], log_probs: Tensor | None
-) -> NewTokens:
-    texts = torch.stack(tokens, dim=1).tolist()
-    ends = [_ended(text, config.stop_tokens, plan.limits[row]) for row, text in enumerate(texts)]
-    rows = tuple(row for row, end in enumerate(ends) if end is None or end == step + 1)
-    numbers = None if log_probs is None else log_probs.tolist()
-    return NewTokens(
-        step,
-        rows,
-        tuple(texts[row][step] for row in rows),
-        None if numbers is None else tuple(numbers[row] for row in rows),
-        tuple(ends[row] is not None for row in rows),
-    )
+class _News:
+    """What each step adds for a listener. It remembers which rows have ended, so that a step costs the same at any
+    length."""
+
+    def __init__(self, plan: _Plan, config: GenerationConfig) -> None:
+        self._limits, self._stops = plan.limits, frozenset(config.stop_tokens)
+        self._open = list(range(plan.rows))
+        self._step = 0
+
+    def __call__(self, tokens: Tensor, log_probs: Tensor | None) -> NewTokens:
+        texts: list[int] = tokens.tolist()
+        numbers = None if log_probs is None else log_probs.tolist()
+        rows = tuple(self._open)
+        ended = [texts[row] in self._stops or self._step + 1 >= self._limits[row] for row in rows]
+        new = NewTokens(
+            self._step,
+            rows,
+            tuple(texts[row] for row in rows),
+            None if numbers is None else tuple(numbers[row] for row in rows),
+            tuple(ended),
+        )
+        self._open = [row for row, end in zip(rows, ended, strict=True) if not end]
+        self._step += 1
+        return new

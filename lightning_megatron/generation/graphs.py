@@ -100,8 +100,10 @@ class GraphedDecoder:
         return _Recorded(graph, inputs, positions, output)
 
     def _run(self, chunk: int, keys: int, inputs: Tensor, positions: Tensor) -> Tensor:
-        visible = torch.arange(keys, device=self.device) <= positions[:, :, None, None]
-        return self._decoder.forward(chunk, inputs, Step(positions, keys=keys, offset=None, visible=visible))
+        hidden = torch.arange(keys, device=self.device) > positions[:, :, None, None]
+        # Added to scores: attention would make the same of a boolean mask, once in each layer.
+        floor = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device).masked_fill_(hidden, float("-inf"))
+        return self._decoder.forward(chunk, inputs, Step(positions, keys=keys, offset=None, visible=floor))
 
 
 def _whole_buckets(length: int) -> int:

@@ -182,7 +182,8 @@ class DecodingLayer:
         if bias is not None:
             mask = bias.view(bias.size(0), keys.size(1), -1, bias.size(-1)).expand(rows, -1, -1, -1)
             if visible is not None:
-                mask = mask.masked_fill(~visible, float("-inf"))
+                additive = visible.is_floating_point()
+                mask = mask + visible if additive else mask.masked_fill(~visible, float("-inf"))
         out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=self._scale)
         return out.reshape(rows, 1, heads * self._head_size)
 

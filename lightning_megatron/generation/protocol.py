@@ -26,7 +26,8 @@ class Step:
     offset: int | None
     """The first position if all rows agree, so that slices can do what indices otherwise must."""
     visible: Tensor | None = None
-    """``[rows, 1, 1, keys]``, ``True`` where a new token, or one of an encoder, may look; ``None`` is everywhere."""
+    """``[rows, 1, 1, keys]``: ``True`` where a new token, or one of an encoder, may look, or what is added to scores.
+    ``None`` is everywhere."""
     last: Tensor | None = None
     """``[rows]``: in a prompt, which position's logits are wanted. ``None`` is the only one."""
     encoding: bool = False

@@ -24,6 +24,7 @@ from lightning_megatron.backends.core import (
 )
 from lightning_megatron.backends.core import TransformerConfig as CoreConfig
 from lightning_megatron.models.config import BertConfig
+from lightning_megatron.models.fused import FusedLoss, TensorParallel
 from lightning_megatron.models.specs import TorchNorm, bert_block_spec, layer_seed
 from lightning_megatron.models.transformer_config import BuildContext, Stage
 from lightning_megatron.models.vocabulary import VocabularyLoss
@@ -71,7 +72,9 @@ class BertPooler(CoreModule):
 class BertChunk(VocabularyLoss):
     """One chunk of a BERT: all of it, or the layers of one (virtual) pipeline stage."""
 
-    def __init__(self, config: BertConfig, core_config: CoreConfig, context: BuildContext, stage: Stage) -> None:
+    def __init__(
+        self, config: BertConfig, core_config: CoreConfig, context: BuildContext, stage: Stage, *, fused: bool = False
+    ) -> None:
         super().__init__(config=core_config, pg_collection=context.groups)
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process, self.vp_stage = stage.pre_process, stage.post_process, stage.vp_stage
@@ -105,7 +108,9 @@ class BertChunk(VocabularyLoss):
             )
         self.encoder = TransformerBlock(
             config=core_config,
-            spec=bert_block_spec(core_config, context.seed, stage.vp_stage, post_layernorm=config.post_layernorm),
+            spec=bert_block_spec(
+                core_config, context.seed, stage.vp_stage, post_layernorm=config.post_layernorm, fused=fused
+            ),
             pre_process=self.pre_process,
             post_process=self.post_process,
             post_layer_norm=not config.post_layernorm,
@@ -120,6 +125,11 @@ class BertChunk(VocabularyLoss):
         if config.num_labels is None and (self.pre_process or self.post_process):
             self.setup_embeddings_and_output_layer()
         self.set_vocabulary(config, context)
+        self._fused_loss = None
+        if fused:
+            ranks = context.groups.tp.size()
+            parallel = TensorParallel(context.groups.tp, ranks, context.layout.sequence_parallel)
+            self._fused_loss = FusedLoss(config.vocab_size, padded, parallel)
 
     def _build_heads(self, config: BertConfig, core_config: CoreConfig, context: BuildContext, padded: int) -> None:
         torch.manual_seed(layer_seed(context.seed, 0) + 3)
@@ -159,7 +169,7 @@ class BertChunk(VocabularyLoss):
     def forward(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor,
+        attention_mask: Tensor | None,
         tokentype_ids: Tensor | None = None,
         lm_labels: Tensor | None = None,
     ) -> Any:
@@ -167,7 +177,7 @@ class BertChunk(VocabularyLoss):
 
         Args:
             input_ids: ``[batch, sequence]``
-            attention_mask: ``[batch, sequence]``, 1 where a token is real.
+            attention_mask: ``[batch, sequence]``, 1 where a token is real; ``None`` if all are.
             tokentype_ids: ``[batch, sequence]``, the segment of each token.
             lm_labels: ``[batch, sequence]``
 
@@ -183,7 +193,7 @@ class BertChunk(VocabularyLoss):
                 tokentype_ids = torch.zeros_like(input_ids)
             states = self._embed(input_ids, positions, tokentype_ids if self.has_tokentypes else None)
         rotary = None if self.rotary_pos_emb is None else self.rotary_pos_emb(input_ids.size(1))
-        keys = (attention_mask == 0)[:, None, None, :]  # True is hidden
+        keys = None if attention_mask is None else (attention_mask == 0)[:, None, None, :]  # True is hidden
         states = self.encoder(hidden_states=states, attention_mask=keys, rotary_pos_emb=rotary)
         if not self.post_process:
             return states
@@ -193,7 +203,13 @@ class BertChunk(VocabularyLoss):
         binary = None if self.binary_head is None else self.binary_head(pooled)
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else None
-        logits, _ = self.output_layer(self.lm_head(states), weight=weight)
+        states = self.lm_head(states)
+        if lm_labels is not None and self._fused_loss is not None and self.kept_logits is None:
+            losses = self._fused_loss(
+                hidden_states=states, output_layer=self.output_layer, output_weight=weight, labels=lm_labels
+            )
+            return losses, binary
+        logits, _ = self.output_layer(states, weight=weight)
         if lm_labels is None:
             return logits.transpose(0, 1).contiguous(), binary
         return self.compute_language_model_loss(lm_labels, logits), binary

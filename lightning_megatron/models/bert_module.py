@@ -39,6 +39,8 @@ class BertModule(LanguageModelModule):
 
     data_on_every_stage = True  # every layer needs the padding mask
     config_type = BertConfig
+    fused: bool | None = None
+    """Run layers and loss as fused kernels (:mod:`lightning_megatron.models.fused`); ``None`` means on CUDA."""
     config: BertConfig
 
     def __init__(
@@ -51,7 +53,8 @@ class BertModule(LanguageModelModule):
     def build_chunks(self, context: BuildContext) -> list[torch.nn.Module]:
         self.check_layout(context)
         core_config = transformer_config(self.config, context)
-        return [BertChunk(self.config, core_config, context, stage) for stage in context.stages]
+        fused = context.device.type == "cuda" if self.fused is None else self.fused
+        return [BertChunk(self.config, core_config, context, stage, fused=fused) for stage in context.stages]
 
     @override
     def forward_step(self, chunk: torch.nn.Module, microbatch: dict[str, Any]) -> Any:
@@ -59,7 +62,7 @@ class BertModule(LanguageModelModule):
         logits ``[batch, num_labels]``; hidden states on others."""
         output = chunk(
             microbatch["tokens"],
-            microbatch["padding_mask"],
+            microbatch.get("padding_mask"),
             tokentype_ids=microbatch["types"],
             lm_labels=microbatch["lm_labels"] if self.config.num_labels is None else None,
         )
@@ -122,7 +125,7 @@ class BertModule(LanguageModelModule):
 
     @override
     def prepare_batch(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """``tokens``, ``types``, ``padding_mask`` and what the loss needs.
+        """``tokens``, ``types``, what the loss needs, and a ``padding_mask`` if there is padding.
 
         Raises:
             DataError: another form, a sequence longer than the positions, or a token outside the vocabulary.
@@ -139,8 +142,9 @@ class BertModule(LanguageModelModule):
         prepared = {
             "tokens": tokens.long(),
             "types": torch.zeros_like(tokens).long() if types is None else types.long(),
-            "padding_mask": torch.ones_like(tokens).long() if mask is None else mask.long(),
         }
+        if mask is not None and not bool(mask.all()):  # without one, attention takes the fastest kernel
+            prepared["padding_mask"] = mask.long()
         self._check_types(prepared["types"])
         if self.config.num_labels is not None:
             return prepared | {"labels": self._checked_labels(batch["labels"])}

@@ -273,6 +273,11 @@ class T5Config(TransformerModelConfig):
     def __post_init__(self) -> None:
         super(T5Config, self).__post_init__()
         _choice("position_embedding_type", self.position_embedding_type, ("relative", "learned_absolute"))
+        if self.num_query_groups not in (None, self.num_attention_heads):
+            raise ValueError(
+                f"num_query_groups={self.num_query_groups} groups queries, which the cross attention of a T5 cannot. "
+                "Leave it out."
+            )
         if self.decoder_num_layers is not None and self.decoder_num_layers < 1:
             raise ValueError(f"decoder_num_layers={self.decoder_num_layers!r}, but must be at least 1, or None.")
         buckets, longest = self.relative_attention_num_buckets, self.relative_attention_max_distance

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from lightning_megatron.backends.core import (
+    MLP,
     AttnMaskType,
     CrossAttention,
     CrossAttentionSubmodules,
     IdentityOp,
+    MLPSubmodules,
     ModuleSpec,
     TransformerBlockSubmodules,
     TransformerConfig,
@@ -145,12 +149,17 @@ def gpt_block_spec(
 
 
 def bert_block_spec(
-    config: TransformerConfig, seed: int, vp_stage: int | None = None, *, post_layernorm: bool = False
+    config: TransformerConfig,
+    seed: int,
+    vp_stage: int | None = None,
+    *,
+    post_layernorm: bool = False,
+    fused: bool = False,
 ) -> TransformerBlockSubmodules:
-    """The encoder layers of one chunk of a BERT."""
+    """The encoder layers of one chunk of a BERT. ``fused`` is for those with norms before each block."""
     submodules = self_attention_submodules(get_gpt_layer_local_spec().submodules)
     submodules.self_attention.params["attn_mask_type"] = AttnMaskType.padding
-    module = PostNormLayer if post_layernorm else SeededTransformerLayer
+    module = PostNormLayer if post_layernorm else SeededFusedLayer if fused else SeededTransformerLayer
     if post_layernorm:
         submodules.input_layernorm = submodules.pre_mlp_layernorm = IdentityOp
     layer = ModuleSpec(module=module, submodules=submodules, params={"seed": seed})
@@ -158,10 +167,27 @@ def bert_block_spec(
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=None if post_layernorm else TorchNorm)
 
 
+class DropoutRowParallelLinear(tensor_parallel.RowParallelLinear):
+    """Drops out its input, as T5 does between the MLP's activation and its output."""
+
+    def forward(self, input_: torch.Tensor) -> Any:
+        """``[sequence, batch, width / tensor_parallel]``, as megatron-core's."""
+        rate = self.config.hidden_dropout if self.training else 0.0
+        if rate > 0.0:
+            # The width is split over tensor-parallel ranks, so each draws other masks. Under sequence parallelism the
+            # stack has forked the generator already.
+            forked = nullcontext() if self.config.sequence_parallel else tensor_parallel.get_cuda_rng_tracker().fork()
+            with forked:
+                input_ = F.dropout(input_, rate)
+        return super().forward(input_)
+
+
 def t5_layer_submodules(*, decoder: bool) -> TransformerLayerSubmodules:
     """What a layer of T5's encoder, or of its decoder, is made of."""
     submodules = self_attention_submodules(get_gpt_layer_local_spec().submodules)
     submodules.self_attention.params["attn_mask_type"] = AttnMaskType.causal if decoder else AttnMaskType.padding
+    linears = MLPSubmodules(linear_fc1=tensor_parallel.ColumnParallelLinear, linear_fc2=DropoutRowParallelLinear)
+    submodules.mlp = partial(MLP.as_mlp_submodule, submodules=linears)
     if decoder:
         submodules.pre_cross_attn_layernorm = TorchNorm
         submodules.cross_attention = ModuleSpec(

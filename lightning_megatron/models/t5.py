@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_megatron.backends.core import (
@@ -39,6 +40,9 @@ def t5_core_config(config: T5Config, context: BuildContext) -> CoreConfig:
         context,
         num_layers=config.num_layers + config.decoder_layers,
         softmax_scale=None if config.scale_attention else 1.0,
+        # What the scale of the output undoes. With small embeddings the tied logits would begin next to constant, and
+        # learn slowly.
+        embedding_init_method_std=1.0 if config.scale_decoder_output else None,
     )
     # Lets finalize_model_grads sum the gradients of the bias tables that every stage holds. megatron-core reads this
     # attribute, but does not declare it among the fields.
@@ -248,7 +252,9 @@ class T5Chunk(VocabularyLoss):
                 states = tensor_parallel.checkpoint(run, False, states, bias, context)
             else:
                 states = run(states, bias, context)
-        return states if stack.final_layernorm is None else stack.final_layernorm(states)
+        if stack.final_layernorm is None:
+            return states
+        return F.dropout(stack.final_layernorm(states), self.config.hidden_dropout, self.training)
 
     def _head(self, states: Tensor, labels: Tensor | None) -> Tensor:
         if self.model_config.scale_decoder_output:

@@ -57,7 +57,8 @@ class T5Module(LanguageModelModule):
     @override
     def forward_step(self, chunk: torch.nn.Module, microbatch: dict[str, Any]) -> Tensor:
         """Losses of each token of the decoder ``[batch, sequence]`` on the last stage, states on others."""
-        encoder_keys = (microbatch["encoder_mask"] == 0)[:, None, None, :]  # True is hidden
+        mask = microbatch.get("encoder_mask")
+        encoder_keys = None if mask is None else (mask == 0)[:, None, None, :]  # True is hidden
         return chunk(
             microbatch["encoder_tokens"],
             microbatch["decoder_tokens"],
@@ -83,7 +84,7 @@ class T5Module(LanguageModelModule):
 
     @override
     def prepare_batch(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """``encoder_tokens``, ``decoder_tokens``, ``encoder_mask``, ``labels`` and ``loss_mask``.
+        """``encoder_tokens``, ``decoder_tokens``, ``labels``, ``loss_mask``, and ``encoder_mask`` if there is padding.
 
         Raises:
             DataError: another form, a sequence longer than the positions, or a token outside the vocabulary.
@@ -99,6 +100,8 @@ class T5Module(LanguageModelModule):
             )
         for name in ("encoder_tokens", "decoder_tokens", "labels"):
             self.check_tokens(name, prepared[name])
+        if bool(prepared["encoder_mask"].all()):  # without one, attention takes the fastest kernel
+            del prepared["encoder_mask"]
         return prepared
 
     @override

@@ -14,6 +14,7 @@ from lightning_megatron.backends.core import (
     get_megatron_optimizer,
 )
 from lightning_megatron.backends.cpu import cuda_type_names
+from lightning_megatron.backends.fused_adam import FusedAdam
 from lightning_megatron.optim.config import OptimizerConfig
 from lightning_megatron.precision import MegatronPrecision
 
@@ -33,6 +34,7 @@ class MegatronOptimizer(torch.optim.Optimizer):
         """Global norm of the last step's gradient before clipping; ``None`` if the step was skipped."""
         self.skipped = False
         """Whether the last step was skipped because a gradient overflowed in fp16, or by ``skip_next``."""
+        self._scale: torch.Tensor | None = None
         self.skip_next = False
         """Set while the closure runs, makes this step leave everything as it is (``callbacks.NonFinite`` does so)."""
 
@@ -58,6 +60,21 @@ class MegatronOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Nothing; see the class."""
 
+    def scale_gradients(self, scale: torch.Tensor) -> bool:
+        """Let the next step multiply the gradients by ``scale`` (shape ``[]``) as it reads them.
+
+        Returns:
+            Whether it will. Optimizers other than Adam cannot.
+        """
+        parts = getattr(self.core, "chained_optimizers", [self.core])
+        inner = [part.optimizer for part in parts if not getattr(part, "is_stub_optimizer", False)]
+        if not all(isinstance(optimizer, FusedAdam) for optimizer in inner):
+            return False
+        for optimizer in inner:
+            optimizer.scale_gradients(scale)
+        self._scale = scale
+        return True
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Run the closure (the whole schedule), then clip and update."""
         loss = closure() if closure is not None else None
@@ -66,6 +83,9 @@ class MegatronOptimizer(torch.optim.Optimizer):
             return loss
         with cuda_type_names():
             success, self.grad_norm, _ = self.core.step()
+        if self._scale is not None and self.grad_norm is not None:
+            self.grad_norm = self.grad_norm * self._scale
+        self._scale = None
         self.skipped = not success
         return loss
 

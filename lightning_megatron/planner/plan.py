@@ -276,10 +276,11 @@ class _Search:
         # The first stage holds the embedding and most micro-batches, the last the logits; between them the second is
         # the fullest, which matters where the first is shorter.
         worst = 0.0
+        last_resort = execution.recompute.method == "uniform" or self.constraints.recompute is not None
         for stage in {0, min(1, last), last}:
             worst = max(worst, execution_memory(self.model, self.batch, execution, self.runtime, stage).total)
-            if worst > self.limit and execution.recompute.method != "uniform":
-                return False
+            if worst > self.limit and not last_resort:
+                return False  # a failure names the smallest of those that are left when nothing fits
         if self.smallest is None or worst < self.smallest[0]:
             self.smallest = worst, execution
         return worst <= self.limit

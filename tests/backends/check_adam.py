@@ -9,7 +9,7 @@ import os
 import torch
 
 from lightning_megatron.backends import gpu_adam_kernel
-from lightning_megatron.backends.fused_adam import FusedAdam, deferred_clip
+from lightning_megatron.backends.fused_adam import FusedAdam
 from lightning_megatron.backends.kernels import clip_grad_by_total_norm_fp32
 
 DEVICE = os.environ.get("KERNEL_DEVICE", "cpu")
@@ -32,7 +32,7 @@ def groups(params):
     return [{"params": params[:2], "weight_decay": 0.1}, {"params": params[2:], "weight_decay": 0.0, "lr": 0.05}]
 
 
-def check(*, adam_w_mode, model_dtype, unaligned):
+def check(*, adam_w_mode, model_dtype, unaligned, scale=None, clip=True):
     assert gpu_adam_kernel.INTERPRETED or DEVICE == "cuda"
     expected, actual = make(0), make(0, unaligned=unaligned)
     reference_class = torch.optim.AdamW if adam_w_mode else torch.optim.Adam
@@ -46,11 +46,16 @@ def check(*, adam_w_mode, model_dtype, unaligned):
         if step == 3:  # a checkpoint in the middle, from torch's own state
             optimizer.load_state_dict(copy.deepcopy(reference.state_dict()))
         for p, q, g in zip(expected, actual, make(step + 1), strict=True):
-            p.grad, q.grad = g.detach().clone(), g.detach().clone()
-        norm = torch.nn.utils.clip_grad_norm_(expected, 1.0)
+            p.grad, q.grad = g.detach().clone(), g.detach() / (scale or 1.0)
+        if scale:
+            optimizer.scale_gradients(torch.tensor(7.0, device=DEVICE))  # of a step that was then skipped
+            optimizer.scale_gradients(torch.tensor(scale, device=DEVICE))
         unclipped = actual[0].grad.clone()
-        clip_grad_by_total_norm_fp32(actual, 1.0, norm.reshape(1))
-        assert torch.equal(actual[0].grad, unclipped) == (step > 0)  # from the second step on, the kernel clips
+        if clip:
+            norm = torch.nn.utils.clip_grad_norm_(expected, 1.0)
+            clip_grad_by_total_norm_fp32(actual, 1.0, norm.reshape(1) / (scale or 1.0))
+        # From the second step on, the kernel clips.
+        assert torch.equal(actual[0].grad, unclipped) == (step > 0 or not clip)
         reference.step()
         optimizer.step()
         for p, q in zip(expected, actual, strict=True):
@@ -63,7 +68,10 @@ def check(*, adam_w_mode, model_dtype, unaligned):
             assert torch.equal(p.to(model_dtype), m)
         # The interpreter truncates to bfloat16 where the device rounds: one unit in the last place.
         torch.testing.assert_close(p, m.float(), rtol=2**-7, atol=0)
-    assert not deferred_clip(actual[:1], torch.ones(1)), "part of the parameters may have a norm of their own"
+    part = actual[:1]  # may have a norm of its own
+    before = part[0].grad.clone()
+    clip_grad_by_total_norm_fp32(part, 1.0, torch.full((1,), 2.0, device=DEVICE))
+    torch.testing.assert_close(part[0].grad, before / 2)
 
 
 for adam_w_mode in (True, False):
@@ -71,4 +79,6 @@ for adam_w_mode in (True, False):
 for model_dtype in (torch.bfloat16, torch.float16):
     check(adam_w_mode=True, model_dtype=model_dtype, unaligned=False)
 check(adam_w_mode=True, model_dtype=torch.bfloat16, unaligned=True)
+for clip in (True, False):
+    check(adam_w_mode=True, model_dtype=torch.bfloat16, unaligned=False, scale=2**-12, clip=clip)
 print("ok")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,16 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import lightning_megatron as lm
 from lightning_megatron.callbacks import InitialWeights, NonFinite, NonFiniteError, Preemption
 from lightning_megatron.checkpoint import CheckpointOptions, verify
 from lightning_megatron.checkpoint import saver as saver_module
+from lightning_megatron.checkpoint.publish import local_path
 from lightning_megatron.errors import CheckpointError
 from tests.checkpoint.runs import Case, make_module, make_trainer, tensors, train
-from tests.helpers import Record, SharedLoader, plain_loader, quiet_trainer
+from tests.helpers import Record, SharedLoader, plain_loader, quiet_trainer, tiny_config
 from tests.ranks import RankPool
 
 TP2 = {"tensor_model_parallel_size": 2}
@@ -204,6 +207,58 @@ def test_background_saves_are_snapshots(ranks: RankPool, tmp_path: Path) -> None
     assert not list(tmp_path.glob(".*"))
 
 
+class _Break(pl.Callback):
+    """Begins a background save that takes a second, and ends the fit while it is written."""
+
+    def __init__(self, at: Path, how: str) -> None:
+        self.at, self.how = at, how
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == 2:
+            write = saver_module.Snapshot.write
+
+            def slowly(snapshot: Any, team: Any) -> None:
+                time.sleep(1.0)
+                write(snapshot, team)
+
+            saver_module.Snapshot.write = slowly
+            trainer.save_checkpoint(self.at, weights_only=False)
+            saver_module.Snapshot.write = write
+        if trainer.global_step == 3:
+            assert not self.at.exists()
+            if self.how == "exception":
+                raise ArithmeticError("no more")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _broken_off(path: Path, how: str) -> tuple[str, int]:
+    strategy = lm.MegatronStrategy(tensor_model_parallel_size=2, checkpoint=CheckpointOptions(background=True))
+    module = make_module()
+    trainer = quiet_trainer(strategy, 2, max_steps=20, callbacks=[_Break(path, how)])
+    try:
+        trainer.fit(module, SharedLoader(module, length=160))
+    except (ArithmeticError, SIGTERMException) as error:
+        return type(error).__name__, trainer.global_step
+    return "", trainer.global_step
+
+
+@pytest.mark.parametrize(("how", "error"), [("exception", "ArithmeticError"), ("SIGTERM", "SIGTERMException")])
+def test_a_background_save_is_finished_when_a_fit_breaks_off(
+    ranks: RankPool, tmp_path: Path, how: str, error: str
+) -> None:
+    results = ranks.run(_broken_off, 2, tmp_path / "two", how)
+    assert [name for name, _ in results] == [error, error]
+    assert all(step < 6 for _, step in results)
+    assert verify(tmp_path / "two") == []
+    assert [path.name for path in tmp_path.iterdir()] == ["two"]
+
+
+def test_urls_are_no_paths() -> None:
+    with pytest.raises(CheckpointError, match=r"s3://bucket/last\.ckpt is a URL"):
+        local_path("s3://bucket/last.ckpt")
+    assert local_path("file:///tmp/last.ckpt") == local_path("/tmp/last.ckpt") == Path("/tmp/last.ckpt")
+
+
 # ------------------------------------------------------------------------------------------------------- disk full
 
 
@@ -282,6 +337,37 @@ def _resume(path: Path | None) -> list[float]:
     return train(CASE, 6, resume=path)
 
 
+def _preempted_by_slurm(root: Path, resume: str | None) -> tuple[int, int]:
+    class Job(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == 2 and resume is None:
+                os.environ["SLURM_JOB_ID"] = "123"  # not before, or Lightning would take the world from Slurm
+                os.environ["PATH"] = f"{root}{os.pathsep}{os.environ['PATH']}"
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+    module = make_module()
+    trainer = make_trainer(CASE, Job(), Preemption(), max_steps=5, default_root_dir=root)
+    path = os.environ["PATH"]
+    try:
+        trainer.fit(module, SharedLoader(module, length=160), ckpt_path=resume)
+    except SystemExit as leaving:
+        return leaving.code, trainer.global_step
+    finally:
+        os.environ["PATH"] = path
+        os.environ.pop("SLURM_JOB_ID", None)
+    return 0, trainer.global_step
+
+
+def test_slurm_requeues_and_lightning_finds_the_checkpoint(ranks: RankPool, tmp_path: Path) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
+    scontrol.chmod(0o755)
+    assert ranks.run(_preempted_by_slurm, 2, tmp_path, None) == [(75, 3), (75, 3)]
+    assert (tmp_path / "calls").read_text() == "requeue 123\n"  # once, by one rank
+    assert verify(tmp_path / "hpc_ckpt_1.ckpt") == []
+    assert ranks.run(_preempted_by_slurm, 2, tmp_path, "hpc") == [(0, 5), (0, 5)]
+
+
 # ------------------------------------------------------------------------------------------------------------- NaN
 
 
@@ -317,7 +403,31 @@ def test_nan(ranks: RankPool, policy: str, layout: dict, distributed: bool) -> N
     assert results[0] == results[1]
     error, skipped, finite = results[0]
     if policy == "raise":
-        assert "decoder.final_layernorm.weight" in error
-        assert "batch 1" in error or "samples [" in error
+        assert "The loss and the gradient of " in error
+        assert "decoder.final_layernorm.weight" + (" of stage 1" if layout else "") in error
+        assert f"in samples {list(range(8, 16))}" in error
     else:
         assert (skipped, finite) == (1, True)
+
+
+class _InfiniteLoss(lm.GPTModule):
+    """A loss that is infinite, while its gradients are not."""
+
+    def loss(self, output: torch.Tensor, microbatch: dict[str, Any]) -> lm.Loss:
+        loss = super().loss(output, microbatch)
+        return lm.Loss(loss.sum + float("inf"), loss.num_tokens)
+
+
+def _infinite() -> str:
+    module = _InfiniteLoss(tiny_config())
+    trainer = make_trainer(CASE, NonFinite(), max_steps=1, accumulate_grad_batches=2)
+    try:
+        trainer.fit(module, SharedLoader(module, length=160))
+    except NonFiniteError as error:
+        return str(error)
+    return ""
+
+
+def test_infinite_loss(ranks: RankPool) -> None:
+    for error in ranks.run(_infinite, 2):
+        assert error == f"The loss is not finite in samples {list(range(16))}."

@@ -8,7 +8,9 @@ import pytest
 from hydra.utils import instantiate
 
 import lightning_megatron as lm
+from lightning_megatron.checkpoint import CheckpointOptions
 from lightning_megatron.cli.configuration import ConfigurationError, check, compose, conf_dir
+from lightning_megatron.generation import GenerationConfig
 
 DATA = "data.data_path=corpus"
 OPTIONS = [
@@ -19,11 +21,30 @@ OPTIONS = [
 ]
 
 
+NEEDS = {
+    ("data", "finetuning"): ["data.train_path=examples.jsonl", "data.tokenizer=tokenizer"],
+    ("data", "huggingface"): ["data.dataset=texts", "data.tokenizer=tokenizer"],
+    ("callbacks", "finetuning"): [DATA, "callbacks.initial_weights.checkpoint=last.ckpt"],
+}
+"""What an option needs beside itself."""
+ROOTS = {"generation": ("generate", ["checkpoint=last.ckpt"])}
+"""Groups of another recipe than pretrain."""
+
+
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_shipped_option_composes_and_instantiates(group: str, option: str) -> None:
-    config = compose("pretrain", [f"{group}={option}", DATA])
-    if group in ("model", "parallel", "optim", "precision"):
+    root, needed = ROOTS.get(group, ("pretrain", NEEDS.get((group, option), [DATA])))
+    config = compose(root, [f"{group}={option}", *needed])
+    if group in ("model", "parallel", "optim", "precision", "data", "callbacks", "generation"):
         assert instantiate(config[group]) is not None
+
+
+@pytest.mark.parametrize("option", ["finetuning", "huggingface"])
+def test_data_of_other_kinds_takes_only_its_own_fields(option: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"'data\.global_batch'. Did you mean 'data.global_batch_size'"):
+        compose("pretrain", [f"data={option}", *NEEDS["data", option], "data.global_batch=3"])
+    with pytest.raises(ConfigurationError, match="has no value"):
+        compose("pretrain", [f"data={option}"])
 
 
 def test_every_field_of_the_dataclasses_is_in_the_configuration() -> None:
@@ -31,6 +52,9 @@ def test_every_field_of_the_dataclasses_is_in_the_configuration() -> None:
     assert set(config.optim) - {"_target_"} == set(lm.OptimizerConfig.__dataclass_fields__)
     assert set(config.model) - {"_target_"} == set(lm.GPTConfig.__dataclass_fields__)
     assert set(lm.ParallelLayout.__dataclass_fields__) <= set(config.parallel)
+    assert set(config.parallel.checkpoint) - {"_target_"} == set(CheckpointOptions.__dataclass_fields__)
+    generation = compose("generate", ["checkpoint=last.ckpt"]).generation
+    assert set(generation) - {"_target_"} == set(GenerationConfig.__dataclass_fields__)
     assert instantiate(config.optim) == lm.OptimizerConfig(min_lr=3e-5, weight_decay=0.1)
 
 
@@ -73,6 +97,15 @@ def test_a_mistake_names_the_field_and_the_nearest(override: str, message: str) 
 def test_a_missing_value_is_named() -> None:
     with pytest.raises(ConfigurationError, match=r"data\.data_path has no value"):
         compose("pretrain")
+
+
+def test_mistakes_in_generating() -> None:
+    with pytest.raises(ConfigurationError, match="checkpoint has no value"):
+        compose("generate")
+    with pytest.raises(ConfigurationError, match=r"'generation\.top_q'. Did you mean 'generation.top_"):
+        compose("generate", ["checkpoint=last.ckpt", "generation.top_q=3"])
+    with pytest.raises(ConfigurationError, match="generation=sampel is none of beams, greedy, sampled"):
+        compose("generate", ["checkpoint=last.ckpt", "generation=sampel"])
 
 
 def test_interpolations_without_an_end_are_errors() -> None:

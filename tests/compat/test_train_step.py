@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
+import runpy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import lightning_megatron as lm
-from lightning_megatron.compat.train_step import (
+from lightning_megatron.compat import (
     BertTrainStep,
     GPTTrainStep,
     T5TrainStep,
     TrainStepModule,
     avg_losses_across_data_parallel_group,
-)
-from lightning_megatron.models.collectives import (
-    average_losses_across_data_parallel_group,
-    gather_across_data_parallel_groups,
 )
 from tests.models import test_bert, test_t5
 from tests.models.runs import Batch, assert_same, fit
@@ -29,14 +28,7 @@ from tests.ranks import RankPool
 KEYS, ALPHA = list(range(0, 128, 8)), 0.25
 
 
-class KeyTokenGPT(lm.GPTModule):
-    """Samples with more key tokens weigh more: the recipe, in one method."""
-
-    def loss(self, output: torch.Tensor, microbatch: Batch) -> lm.Loss:
-        mask = microbatch["loss_mask"]
-        per_sample = (output.float() * mask).sum(dim=1) / mask.sum(dim=1)
-        keys = torch.isin(microbatch["tokens"], torch.tensor(KEYS, device=output.device)).sum(dim=1)
-        return lm.Loss((per_sample * (1.0 + ALPHA * keys)).sum(), per_sample.numel())
+RECIPE = runpy.run_path(str(Path(__file__).parent.parent.parent / "recipes/custom_loss.py"))
 
 
 def _key_token_loss(kwargs: dict[str, Any]) -> Any:
@@ -91,7 +83,8 @@ class NewSignature(GPTTrainStep):
 
 
 def recipe() -> lm.GPTModule:
-    return KeyTokenGPT(gpt().config)
+    module: lm.GPTModule = RECIPE["KeyTokenGPT"](gpt().config, keytoken_ids=KEYS, alpha=ALPHA)
+    return module
 
 
 def adapted(step: Any) -> TrainStepModule:
@@ -100,6 +93,11 @@ def adapted(step: Any) -> TrainStepModule:
 
 def plain(make: Any, step: Any) -> TrainStepModule:
     return TrainStepModule(make(), step)
+
+
+def test_the_recipe_is_short() -> None:
+    source = inspect.getsource(RECIPE["KeyTokenGPT"].loss) + inspect.getsource(RECIPE["KeyTokenGPT"].__init__)
+    assert len(source.splitlines()) <= 25
 
 
 def test_key_token_loss(ranks: RankPool) -> None:
@@ -137,8 +135,8 @@ class Helpers(lm.GPTModule):
 
     def loss(self, output: torch.Tensor, microbatch: Batch) -> lm.Loss:
         loss = super().loss(output, microbatch)
-        mean = average_losses_across_data_parallel_group([output.mean()])
-        gathered = gather_across_data_parallel_groups({"mean": output.detach().mean(), "rows": [output.detach()]})
+        mean = lm.average_losses_across_data_parallel_group([output.mean()])
+        gathered = lm.gather_across_data_parallel_groups({"mean": output.detach().mean(), "rows": [output.detach()]})
         assert gathered["mean"].shape == (2,)
         assert gathered["rows"][0].shape == (4, output.size(1))
         return lm.Loss(loss.sum, loss.num_tokens, {"mean": mean[0], "same": gathered["mean"].mean()})

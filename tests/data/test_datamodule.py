@@ -59,7 +59,9 @@ def test_batches_are_global_batches(dataset_prefix: Path) -> None:
         "labels": ((8, 16), torch.int64),
         "loss_mask": ((8, 16), torch.float32),
         "position_ids": ((8, 16), torch.int64),
+        "index": ((8,), torch.int64),
     }
+    assert batch["index"].tolist() == [int(number) for number in next(iter(loader.batch_sampler))]
     assert torch.equal(batch["tokens"][:, 1:], batch["labels"][:, :-1])
 
 

@@ -225,4 +225,5 @@ def test_pretraining_data_for_bert(sentences: IndexedDataset) -> None:
         "is_random": (4,),
         "padding_mask": (4, 64),
         "loss_mask": (4, 64),
+        "index": (4,),
     }

@@ -126,6 +126,20 @@ def test_modules_that_the_strategy_cannot_run(kind: str, message: str, ranks: An
     assert message in errors[0]
 
 
+def context_parallel(kind: str) -> None:
+    sizes: dict[str, Any] = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 64}
+    module = lm.BertModule(lm.BertConfig(**sizes)) if kind == "bert" else lm.T5Module(lm.T5Config(**sizes))
+    quiet_trainer(lm.MegatronStrategy(context_parallel_size=2), 2, max_steps=1).fit(module, plain_loader(2))
+
+
+@pytest.mark.parametrize(("kind", "name"), [("bert", "BertModule"), ("t5", "T5Module")])
+def test_context_parallelism_is_for_gpt(kind: str, name: str, ranks: Any) -> None:
+    _, errors = ranks.attempt(context_parallel, 2, kind)
+    assert sorted(errors) == [0, 1]
+    for text in errors.values():
+        assert f"LayoutError: {name} has no context parallelism, but context_parallel_size=2" in text
+
+
 def megatron_module_elsewhere() -> None:
     quiet_trainer("ddp", 1, max_steps=1).fit(lm.GPTModule(tiny_config()), plain_loader(2))
 

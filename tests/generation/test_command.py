@@ -57,5 +57,7 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
     assert (code, "Give at least one --prompt" in message) == (2, True)
     code, _, message = _command([nowhere, "--tokenizer", tokenizer, "--prompt", "w1"])
     assert (code, f"There is no checkpoint at {nowhere}" in message) == (2, True)
+    code, _, message = _command([nowhere, "--prompt", "w1"])
+    assert (code, f"There is no checkpoint at {nowhere}" in message) == (2, True)
     code, _, message = _command([nowhere, "--tokenizer", tokenizer, "--prompt", "w1", "--top-k", "5"])
     assert (code, "top_k=5 changes nothing" in message) == (2, True)

@@ -17,6 +17,8 @@ from lightning_megatron.models.fused import graph
 
 ROOT = Path(__file__).parents[2]
 SEQUENCE, VOCAB, BATCH = 128, 500, 8
+LEARNING_RATE = 3e-4
+"""At 1e-3 the loss is so unsteady that unfused bf16 leaves unfused fp32 by 4.5% (here: by 0.05%), fused or not."""
 
 
 @pytest.mark.parametrize("script", ["tests/models/check_kernels.py", "tests/backends/check_adam.py"])
@@ -59,7 +61,7 @@ class Record(pl.Callback):
 
 
 def train(config: lm.GPTConfig, precision: str, fused: bool, steps: int, micro_batch: int = BATCH) -> Record:
-    module = lm.GPTModule(config, lm.OptimizerConfig(lr=1e-3, lr_decay_style="constant"))
+    module = lm.GPTModule(config, lm.OptimizerConfig(lr=LEARNING_RATE, lr_decay_style="constant"))
     module.fused = fused
     record = Record()
     trainer = pl.Trainer(
@@ -94,8 +96,8 @@ def test_loss_curve_in_bf16_follows_unfused_fp32(name):
     assert actual.captured == 4
     assert expected.captured == 0
     a, e = (torch.stack(record.losses).float().cpu() for record in (actual, expected))
-    assert e[-1] < 0.8 * e[0]
-    torch.testing.assert_close(a, e, rtol=0.02, atol=0.02)
+    assert e[-1] < 0.9 * e[0]
+    torch.testing.assert_close(a, e, rtol=0.01, atol=0.0)
 
 
 def test_graphs_change_nothing(monkeypatch):

@@ -77,6 +77,23 @@ def test_layouts_agree(ranks: RankPool, config: dict[str, Any], layouts: list[tu
             assert run[2]["train_lm_loss"] == pytest.approx(reference[2]["train_lm_loss"], abs=1e-5)
 
 
+def make_fused(**changes: Any) -> BertModule:
+    module = make(**changes)
+    module.fused = True
+    return module
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_fused_layers_and_loss_equal_unfused(ranks: RankPool, padded: bool) -> None:
+    given = batch()
+    if not padded:
+        given["attention_mask"] = torch.ones_like(given["attention_mask"])
+    (reference,) = ranks.run(fit, 1, make, given, {})
+    for world, layout in [(1, {}), (2, {"tp": 2, "sp": True}), (2, {"pp": 2, "mbs": 1})]:
+        for run in ranks.run(fit, world, make_fused, given, layout):
+            assert_same(run, reference)
+
+
 @pytest.mark.parametrize("kind", ["regression", "classes", "multi_label"])
 def test_finetuning(ranks: RankPool, kind: str) -> None:
     labels = {

@@ -127,20 +127,23 @@ def test_dropout_is_the_same_again_when_recomputed(ranks: Any) -> None:
 
 @pytest.mark.parametrize("keep_bytes", [0, 2**30])
 @pytest.mark.parametrize("real", [50, 37])
-def test_loss_and_gradients(keep_bytes: int, real: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_loss_and_gradients(keep_bytes: int, real: int, with_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_megatron.models.fused.cross_entropy._CHUNK_BYTES", 4 * 50 * 3)  # 3 tokens a chunk
     torch.manual_seed(0)
     hidden = torch.randn(5, 2, 8, requires_grad=True)
     weight = torch.randn(50, 8, requires_grad=True)
+    bias = torch.randn(50, requires_grad=True)
+    wanted = (hidden, weight, bias) if with_bias else (hidden, weight)
     labels = torch.randint(real, (2, 5))
     upstream = torch.randn(2, 5)
     shard = VocabularyShard(0, real, TensorParallel(None, 1, False), keep_bytes)
-    loss = linear_cross_entropy(hidden, weight, labels, shard)
-    actual = torch.autograd.grad(loss, (hidden, weight), upstream)
-    logits = (hidden @ weight.t())[..., :real]
+    loss = linear_cross_entropy(hidden, weight, labels, shard, bias if with_bias else None)
+    actual = torch.autograd.grad(loss, wanted, upstream)
+    logits = (hidden @ weight.t() + (bias if with_bias else 0.0))[..., :real]
     expected_loss = F.cross_entropy(logits.transpose(0, 1).transpose(1, 2), labels, reduction="none")
     torch.testing.assert_close(loss, expected_loss)
-    for a, e in zip(actual, torch.autograd.grad(expected_loss, (hidden, weight), upstream), strict=True):
+    for a, e in zip(actual, torch.autograd.grad(expected_loss, wanted, upstream), strict=True):
         torch.testing.assert_close(a, e)
 
 

@@ -43,7 +43,7 @@ LLAMA: dict[str, Any] = {
     ("config", "layouts"),
     [
         (LLAMA, [{"tp": 2, "sp": True}, {"pp": 2}, {"tp": 4}]),
-        ({"num_query_groups": 1}, [{"tp": 2}]),
+        ({"num_query_groups": 1}, [{"tp": 2, "sp": True}, {"tp": 4}, {"tp": 2, "cp": 2}]),
         ({"position_embedding_type": "alibi"}, [{"tp": 2}, {"cp": 2}]),
         ({}, [{"cp": 2}, {"tp": 2, "cp": 2}]),
         (LLAMA | {"rope_scaling": True}, [{"tp": 2, "cp": 2, "sp": True}]),

@@ -11,7 +11,8 @@ import torch
 import lightning_megatron as lm
 from lightning_megatron.models.config import T5Config
 from lightning_megatron.models.t5_module import T5Module
-from tests.models.runs import Batch, assert_same, evaluate, fit
+from tests.helpers import quiet_trainer
+from tests.models.runs import Batch, assert_same, evaluate, fit, strategy
 from tests.ranks import RankPool
 
 VOCAB = 96
@@ -115,7 +116,38 @@ def test_bad_input() -> None:
         tiny(position_embedding_type="relatve")
     with pytest.raises(ValueError, match="must be a multiple of 4"):
         tiny(relative_attention_num_buckets=6)
+    with pytest.raises(ValueError, match="num_query_groups=2 groups queries"):
+        tiny(num_query_groups=2)
     with pytest.raises(lm.DataError, match="has the keys"):
         make().prepare_batch({"input_ids": torch.zeros(1, 4)})
     with pytest.raises(lm.DataError, match="40 tokens in 'encoder_tokens'"):
         make().prepare_batch({"input_ids": torch.ones(1, 40).long(), "labels": torch.ones(1, 4).long()})
+
+
+def _dropped() -> tuple[float, float, list[float]]:
+    """How much the second linear of an MLP is kept from, in training and not; and its masks' parts on this rank."""
+    module = make(hidden_dropout=0.25)
+    quiet_trainer(strategy(tp=2), 2).predict(module, [])
+    linear = module.chunks[0].decoder.layers[0].mlp.linear_fc2
+    linear.weight.data.copy_(torch.eye(32))  # this rank's half of the inner width, so the output is a sum of two halves
+    ones, zeros = torch.ones(8, 4, 32), torch.zeros(8, 4, 32)
+    rank = module.trainer.global_rank
+    linear.train()
+    first = linear(ones if rank == 0 else zeros)[0]
+    second = linear(ones if rank == 1 else zeros)[0]
+    linear.eval()
+    kept = linear(ones)[0]
+    return float((first == 0).float().mean()), float((kept == 0).float().mean()), (first - second).flatten().tolist()
+
+
+def test_dropout_inside_the_mlp(ranks: RankPool) -> None:
+    """As Hugging Face's between the activation and ``wo``; tensor-parallel ranks draw masks of their own."""
+    for dropped, in_evaluation, difference in ranks.run(_dropped, 2):
+        assert 0.2 < dropped < 0.3
+        assert in_evaluation == 0.0
+        assert any(difference)
+    options = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+    full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    plain = ranks.run(fit, 2, partial(make, **options), batch(), {"tp": 2, "sp": True})
+    recomputed = ranks.run(fit, 2, partial(make, **options, **full), batch(), {"tp": 2, "sp": True})
+    assert recomputed == plain

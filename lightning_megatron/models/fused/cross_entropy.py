@@ -15,7 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_megatron.models.fused import ops
-from lightning_megatron.models.fused.linear import TensorParallel, before_forward, main_grad_of, weight_gradient
+from lightning_megatron.models.fused.linear import (
+    TensorParallel,
+    before_forward,
+    column_gradients,
+    main_grad_of,
+    weight_gradient,
+)
 
 _CHUNK_BYTES = 2**29
 
@@ -35,7 +41,7 @@ class VocabularyShard:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, shard: VocabularyShard):
+    def forward(ctx, hidden, weight, bias, labels, shard: VocabularyShard):
         parallel = shard.parallel
         rows = hidden.reshape(-1, hidden.size(-1))
         x = parallel.enter(rows)
@@ -44,7 +50,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk = len(x) if keep else max(1, _CHUNK_BYTES // (len(weight) * x.element_size()))
         kept, parts = [], []
         for first in range(0, len(x), chunk):
-            logits = x[first : first + chunk].mm(weight.t())
+            logits = torch.nn.functional.linear(x[first : first + chunk], weight, bias)
             parts.append(torch.stack(ops.softmax_statistics(logits, target[first : first + chunk], shard.real)))
             if keep:
                 kept.append(logits)
@@ -59,22 +65,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
             maximum, (total, chosen) = highest, both
         log_sum = maximum + total.log()
         ctx.save_for_backward(rows, target, log_sum, *kept)
-        ctx.weight, ctx.shard, ctx.chunk, ctx.shape = weight, shard, chunk, hidden.shape
+        ctx.weight, ctx.bias, ctx.shard, ctx.chunk, ctx.shape = weight, bias, shard, chunk, hidden.shape
         return log_sum - chosen
 
     @staticmethod
     def backward(ctx, dloss):
         rows, target, log_sum, *kept = ctx.saved_tensors
-        weight, shard, chunk = ctx.weight, ctx.shard, ctx.chunk
+        weight, bias, shard, chunk = ctx.weight, ctx.bias, ctx.shard, ctx.chunk
         x = shard.parallel.enter(rows)
         dx = torch.empty_like(x)
         scale = dloss.float().contiguous()
         dweight = None
+        bias_sum = None if bias is None else torch.zeros(len(weight), device=x.device)
         for index, first in enumerate(range(0, len(x), chunk)):
             part = slice(first, first + chunk)
-            logits = kept[index] if kept else x[part].mm(weight.t())
+            logits = kept[index] if kept else torch.nn.functional.linear(x[part], weight, bias)
             dlogits = ops.softmax_gradient_(logits, target[part], log_sum[part], scale[part], shard.real)
             torch.mm(dlogits, weight, out=dx[part])
+            if bias_sum is not None:
+                bias_sum += dlogits.sum(0, dtype=torch.float32)
             update = weight_gradient(dlogits, x[part], weight)
             # With main_grad each call hands over the same kind of placeholder; without, the gradients add up.
             if dweight is None or update is None or main_grad_of(weight) is not None:
@@ -82,22 +91,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
             else:
                 dweight = dweight + update
         dx = shard.parallel.leave(dx)
-        return dx.view(ctx.shape), dweight, None, None
+        dbias = None if bias_sum is None else column_gradients(bias_sum[None, None], [bias])[0]
+        return dx.view(ctx.shape), dweight, dbias, None, None
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, shard: VocabularyShard) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, shard: VocabularyShard, bias: Tensor | None = None
+) -> Tensor:
     """Cross entropy of each token.
 
     Args:
         hidden: ``[sequence, batch, hidden]``, of this rank's part of the sequence under sequence parallelism
         weight: ``[vocabulary / ranks, hidden]``
         labels: ``[batch, sequence]`` token ids
+        bias: ``[vocabulary / ranks]``
 
     Returns:
         ``[batch, sequence]``, float32
     """
     batch, sequence = labels.shape
-    losses = _LinearCrossEntropy.apply(hidden, weight, labels.t(), shard)
+    losses = _LinearCrossEntropy.apply(hidden, weight, bias, labels.t(), shard)
     return losses.view(sequence, batch).t().contiguous()
 
 
@@ -124,4 +137,4 @@ class FusedLoss:
         """Losses ``[batch, sequence]``; the arguments are megatron-core's."""
         before_forward([output_layer])
         weight = output_layer.weight if output_weight is None else output_weight
-        return linear_cross_entropy(hidden_states, weight, labels, self._shard)
+        return linear_cross_entropy(hidden_states, weight, labels, self._shard, output_layer.bias)
