@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 import lightning_megatron as lm
 from lightning_megatron.checkpoint import verify
+from lightning_megatron.checkpoint.metadata import CheckpointMetadata
 from lightning_megatron.interop.convert import Conversion, convert, open_model
 from lightning_megatron.interop.core_names import partition_dim, stored_name
 from lightning_megatron.interop.hugging_face import HuggingFaceDirectory
@@ -239,3 +241,22 @@ def test_memory_does_not_grow_with_the_layers(ranks: Any, tmp_path: Path) -> Non
     [peaks] = ranks.run(_peaks, 1, tmp_path / "theirs", tmp_path)
     print({to: f"{peak / 2**20:.1f} MiB" for to, peak in peaks.items()}, f"{layer / 2**20:.1f} of {whole / 2**20:.1f}")
     assert max(peaks.values()) < 3 * layer < whole / 4
+
+
+def _fit_with_tokenizer(save: str, tokenizer: str) -> None:
+    module = lm.GPTModule(lm.GPTConfig(num_layers=1, hidden_size=16, num_attention_heads=2, vocab_size=tiny.VOCAB))
+    trainer = quiet_trainer(strategy(), 1, max_steps=1)
+    trainer.fit(module, Shared(module, tiny.batch("gpt2"), 1))
+    trainer.save_checkpoint(save)
+    metadata = CheckpointMetadata.read(Path(save))
+    replace(metadata, tokenizer={"source": tokenizer}).write(Path(save))
+
+
+def test_the_tokenizer_that_a_checkpoint_names(ranks: Any, tmp_path: Path) -> None:
+    tokenizer = word_tokenizer(tmp_path / "tokenizer")
+    ranks.run(_fit_with_tokenizer, 1, str(tmp_path / "ckpt"), str(tokenizer))
+    step(tmp_path / "ckpt", tmp_path / "theirs", "huggingface")
+    import transformers as hf
+
+    assert hf.AutoConfig.from_pretrained(tmp_path / "theirs").eos_token_id == 3
+    assert hf.AutoTokenizer.from_pretrained(tmp_path / "theirs")("w5")["input_ids"] == [5]
