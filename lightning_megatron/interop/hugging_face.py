@@ -177,8 +177,8 @@ class SaveOptions:
     dtype: torch.dtype | None = None
     """``None`` keeps that of each tensor."""
     tokenizer: Any = None
-    """A tokenizer of transformers, or where to load one from. ``None`` is that of the directory that the model came from,
-    or that the run of a checkpoint had, if it is still there."""
+    """A tokenizer of transformers, or where to load one from. ``None`` is that of the directory that the model came
+    from, or that the run of a checkpoint had, if it is still there."""
 
 
 class HuggingFaceWriter:
