@@ -42,7 +42,9 @@ def smaller(source: str) -> str:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with `corpus.bin`, `tokenizer/`, `recipes/`, and the command on its path."""
+    """A directory with `corpus.bin`, `tokenizer/`, `gpt2-large/`, `recipes/`, and the command on its path."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
     from lightning_megatron.data import IndexedDatasetWriter, load_tokenizer, train_byte_level_bpe
 
     directory = tmp_path_factory.mktemp("docs")
@@ -51,6 +53,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with IndexedDatasetWriter(directory / "corpus") as writer:
         for tokens in tokenizer(texts)["input_ids"]:
             writer.add_document([*tokens, tokenizer.eos_token_id])
+    sizes = {"n_layer": 4, "n_embd": 32, "n_head": 4, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0}
+    GPT2LMHeadModel(GPT2Config(**sizes, vocab_size=512)).save_pretrained(directory / "gpt2-large")
     for name in ("recipes", "conf"):
         (directory / name).symlink_to(ROOT / name)
     command = directory / "bin" / "lightning-megatron"
