@@ -39,7 +39,7 @@ class _OneBatch:
         yield {"tokens": tokens[:, :-1], "labels": tokens[:, 1:]}
 
 
-def our_engine(size: str, device: str, positions: int, *, graphs: bool = False) -> Engine:
+def our_engine(size: str, device: str, positions: int, *, graphs: bool | None = None) -> Engine:
     """An engine in a Trainer of one process."""
     import lightning.pytorch as pl
 
@@ -177,16 +177,16 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=None, help="tokens; default 32, 128 on a GPU")
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512, 1024, 2048])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--graphs", action="store_true", help="replay the step of a token as a CUDA graph")
+    parser.add_argument("--no-graphs", action="store_true", help="do not replay the step of a token as a CUDA graph")
     parser.add_argument("--skip", choices=("throughput", "lengths"), default=None)
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     print(f"GPT-2 {args.size} on {args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     if args.skip != "throughput":
-        throughput(our_engine(args.size, args.device, 1024, graphs=args.graphs), args)
+        throughput(our_engine(args.size, args.device, 1024, graphs=False if args.no_graphs else None), args)
     if args.skip != "lengths":
         positions = max(1024, max(args.lengths) + 34)
-        lengths(our_engine(args.size, args.device, positions, graphs=args.graphs), args)
+        lengths(our_engine(args.size, args.device, positions, graphs=False if args.no_graphs else None), args)
 
 
 if __name__ == "__main__":

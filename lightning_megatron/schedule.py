@@ -201,10 +201,15 @@ class Schedule:
         self, microbatch: dict[str, Any], output: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
         loss = self._module.loss(output, microbatch)
-        num_tokens = torch.as_tensor(loss.num_tokens, device=loss.sum.device)
+        num_tokens = _on_device(loss.num_tokens, loss.sum.device)
         # The schedule scales the sum in place for fp16, so what is recorded is a copy.
         record = {"loss": (loss.sum.detach().clone(), num_tokens), **loss.metrics}
         return loss.sum, num_tokens.to(torch.int), record
+
+
+def _on_device(number: torch.Tensor | float, device: torch.device) -> torch.Tensor:
+    """A number as a tensor. A fill, since a copy from the host would wait for all that the device has still to do."""
+    return number.to(device) if torch.is_tensor(number) else torch.full((), number, device=device)
 
 
 class _LossReducer:
@@ -235,7 +240,7 @@ class _LossReducer:
         for name in names:
             pairs = [record[name] if isinstance(record[name], tuple) else (record[name], 1.0) for record in records]
             for column in zip(*pairs, strict=True):
-                numbers = [torch.as_tensor(n, device=self._device).detach().double().reshape(()) for n in column]
+                numbers = [_on_device(n, self._device).detach().double().reshape(()) for n in column]
                 rows.append(torch.stack(numbers).sum())
         return torch.stack(rows).view(-1, 2)
 

@@ -102,7 +102,7 @@ def test_pretrain_report_and_doctor(installed: Path, tmp_path: Path) -> None:
     assert "4 steps" in outside(installed, tmp_path, "lightning-megatron", "report", "run")
     assert "memory/rank_1" in (tmp_path / "run/csv/version_0/metrics.csv").read_text()
     assert "whole" in outside(installed, tmp_path, "lightning-megatron", "doctor", "run/checkpoints/last.ckpt")
-    assert "No problem found" in outside(installed, tmp_path, "lightning-megatron", "doctor")
+    assert "No problem found" in outside(installed, tmp_path, "lightning-megatron", "doctor", "--timeout", "200")
 
 
 @pytest.mark.slow

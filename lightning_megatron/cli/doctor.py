@@ -28,6 +28,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("checkpoints", nargs="*", type=Path, metavar="CKPT", help="checkpoint directories")
     parser.add_argument("--accelerator", choices=["auto", "cpu", "cuda"], default="auto", help="of the self-test")
     parser.add_argument("--devices", type=int, metavar="N", help="processes of the self-test (default: 2, or all GPUs)")
+    parser.add_argument(
+        "--timeout", type=float, default=60.0, metavar="S", help="seconds until the self-test counts as hanging (60)"
+    )
     parser.add_argument("--no-self-test", action="store_true", help="only look")
     parser.set_defaults(run=run)
 
@@ -40,13 +43,16 @@ def run(args: argparse.Namespace) -> int:
     if args.devices is not None and args.devices < 1:
         print(f"error: --devices={args.devices}, but must be at least 1.", file=sys.stderr)
         return 2
-    return _examine_machine(args.accelerator, args.devices, selftest=not args.no_self_test)
+    if not args.timeout > 0:
+        print(f"error: --timeout={args.timeout}, but must be above 0.", file=sys.stderr)
+        return 2
+    return _examine_machine(args)
 
 
 # ----------------------------------------------------------------------------------------------------------- machine
 
 
-def _examine_machine(accelerator: str, devices: int | None, *, selftest: bool) -> int:
+def _examine_machine(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from lightning_megatron.diagnosis import Status
@@ -59,10 +65,10 @@ def _examine_machine(accelerator: str, devices: int | None, *, selftest: bool) -
     # Without its packages the rest cannot be asked.
     if all(finding.status is not Status.PROBLEM for finding in findings):
         console.print("\nKernels", style="bold")
-        _print_kernels(console)
-        if selftest:
+        findings += (broken := _print_kernels(console))
+        if not args.no_self_test and not broken:
             console.print("\nSelf-test", style="bold")
-            findings += _selftest(console, accelerator, devices)
+            findings += _selftest(console, args.accelerator, args.devices, args.timeout)
     problems = [finding for finding in findings if finding.status is Status.PROBLEM]
     console.print()
     if problems:
@@ -83,14 +89,24 @@ def _print(console: Console, findings: list[Finding]) -> None:
             console.print(f"          {'':<20} -> {escape(finding.remedy)}")
 
 
-def _print_kernels(console: Console) -> None:
+def _print_kernels(console: Console) -> list[Finding]:
+    """The table of kernels; a problem instead if the models cannot be imported."""
+    from lightning_megatron.diagnosis.finding import problem
     from lightning_megatron.diagnosis.kernels import report
 
-    for kernel in report():
+    try:
+        kernels = report()
+    except Exception as error:  # any: what megatron-core imports may fail in its own ways
+        remedy = "python -c 'import megatron.core' shows where; pip install --force-reinstall megatron-core"
+        found = [problem("megatron-core", f"installed, but cannot be imported: {error}", remedy)]
+        _print(console, found)
+        return found
+    for kernel in kernels:
         console.print(f"  {kernel.part:<28} {kernel.choice}  [dim]({kernel.why})[/]")
+    return []
 
 
-def _selftest(console: Console, accelerator: str, devices: int | None) -> list[Finding]:
+def _selftest(console: Console, accelerator: str, devices: int | None, timeout: float) -> list[Finding]:
     import torch
 
     from lightning_megatron.diagnosis.selftest import run_selftest
@@ -99,7 +115,7 @@ def _selftest(console: Console, accelerator: str, devices: int | None) -> list[F
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     if devices is None:
         devices = min(_MOST_DEVICES, torch.cuda.device_count()) if accelerator == "cuda" else 2
-    findings = _selftest_findings(run_selftest(accelerator, devices))
+    findings = _selftest_findings(run_selftest(accelerator, devices, timeout))
     _print(console, findings)
     return findings
 

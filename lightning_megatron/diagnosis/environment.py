@@ -89,8 +89,13 @@ def _extensions() -> Iterator[Finding]:
 
 
 def _devices() -> Iterator[Finding]:
-    import torch
-
+    if importlib.util.find_spec("torch") is None:
+        return  # told already
+    try:
+        import torch
+    except Exception as error:  # any: a shared library that is missing raises OSError
+        yield problem("torch", f"installed, but cannot be imported: {error}", "pip install --force-reinstall torch")
+        return
     build = f"torch {torch.__version__}, CUDA {torch.version.cuda}"
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -115,6 +120,8 @@ def _devices() -> Iterator[Finding]:
 
 
 def _host() -> Iterator[Finding]:
+    if importlib.util.find_spec("psutil") is None:
+        return  # told already
     import psutil
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

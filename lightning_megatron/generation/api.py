@@ -16,13 +16,20 @@ if TYPE_CHECKING:
     from lightning_megatron.module import MegatronModule
 
 
-def build_engine(module: MegatronModule, *, cuda_graphs: bool = False) -> Engine:
+def build_engine(module: MegatronModule, *, cuda_graphs: bool | None = None) -> Engine:
     """An engine for this rank's chunks of a module; keep it to generate often.
+
+    Args:
+        cuda_graphs: record the step of a new token and replay it. ``None`` does so for a decoder-only model that lies
+            on one GPU as a whole.
 
     Raises:
         ModuleError: a module that does not generate, or that has no chunks yet.
     """
-    return Engine(module.build_decoder(), module.strategy.build_context.groups, cuda_graphs=cuda_graphs)
+    decoder, groups = module.build_decoder(), module.strategy.build_context.groups
+    if cuda_graphs is None:
+        cuda_graphs = decoder.device.type == "cuda" and groups.mp.size() == 1 and not decoder.is_encoder_decoder
+    return Engine(decoder, groups, cuda_graphs=cuda_graphs)
 
 
 def generate(

@@ -26,7 +26,7 @@ from lightning_megatron.backends.core import (
 )
 from lightning_megatron.models import flex
 from lightning_megatron.models.context_parallel import positions, zigzag_order, zigzag_positions
-from lightning_megatron.models.position_bias import alibi_bias, alibi_slopes
+from lightning_megatron.models.position_bias import alibi_slopes
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 
@@ -50,11 +50,13 @@ class Scores:
     """Added to the scaled scores; broadcastable to ``[batch, heads, queries, keys]``."""
     bias_by_distance: Tensor | None = None
     """``[heads, 2 * length - 1]``; added by key position minus query position, see ``position_bias``."""
+    slopes: Tensor | None = None
+    """``[heads]``; each score loses its head's slope times the distance (ALiBi)."""
 
     @property
     def plain(self) -> bool:
         """Whether there is nothing but, perhaps, causality."""
-        extras = (self.query_documents, self.hidden, self.bias, self.bias_by_distance)
+        extras = (self.query_documents, self.hidden, self.bias, self.bias_by_distance, self.slopes)
         return all(extra is None for extra in extras)
 
     def materialise(self, dtype: torch.dtype) -> Tensor | None:
@@ -73,6 +75,9 @@ class Scores:
         if self.bias_by_distance is not None:
             by_distance = self.bias_by_distance[:, distance + self.bias_by_distance.size(1) // 2].to(dtype)
             bias = by_distance if bias is None else bias + by_distance
+        if self.slopes is not None:
+            alibi = (-self.slopes[:, None, None] * distance.abs()).to(dtype)
+            bias = alibi if bias is None else bias + alibi
         if hidden is None:
             return bias
         lowest = torch.finfo(dtype).min
@@ -172,7 +177,7 @@ class SDPACoreAttention(CoreModule):
             query_documents=None if documents is None else documents[:, -queries:],
             key_documents=documents,
             hidden=attention_mask if documents is None else None,
-            **self._biases(attention_bias, keys, query.device),
+            **self._biases(attention_bias, query.device),
         )
         return self._attend(query, key, value, scores, in_order=queries == keys)
 
@@ -204,16 +209,16 @@ class SDPACoreAttention(CoreModule):
             key_positions=zigzag_order(length, ranks, device),
             query_documents=mask,
             key_documents=all_documents,
-            **self._biases(bias, length, device),
+            **self._biases(bias, device),
         )
         return self._attend(query, gathered[:, 0], gathered[:, 1], scores, in_order=False)
 
-    def _biases(self, given: Tensor | None, length: int, device: torch.device) -> dict[str, Tensor | None]:
+    def _biases(self, given: Tensor | None, device: torch.device) -> dict[str, Tensor | None]:
         if self.slopes is not None:
             if given is not None:
                 raise ValueError("ALiBi is a bias of its own and does not go with another attention_bias.")
             self.slopes = self.slopes.to(device)
-            return {"bias": None, "bias_by_distance": alibi_bias(self.slopes, length)}
+            return {"slopes": self.slopes}
         by_distance = given is not None and given.dim() == 2
         return {"bias": None if by_distance else given, "bias_by_distance": given if by_distance else None}
 
@@ -222,8 +227,11 @@ class SDPACoreAttention(CoreModule):
         dropout = self.attention_dropout if self.training else 0.0
         bias: Tensor | None = None
         is_causal = scores.plain and scores.causal and in_order
+        flexible = None
         if not is_causal and flex.usable(q, scores, dropout):
-            out = flex.attend(q, k, v, scores, self.softmax_scale)
+            flexible = flex.attend(q, k, v, scores, self.softmax_scale)
+        if flexible is not None:
+            out = flexible
         else:
             if not is_causal:
                 bias = scores.materialise(q.dtype)

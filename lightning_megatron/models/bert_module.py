@@ -110,7 +110,7 @@ class BertModule(LanguageModelModule):
         if self.config.num_labels is not None:
             return batch
         mask, order = batch["loss_mask"], batch["sentence_order"]
-        counts = torch.stack([torch.tensor(mask.size(0)).to(mask), mask.sum(), (order != _IGNORED).sum().to(mask)])
+        counts = torch.stack([mask.new_full((), mask.size(0)), mask.sum(), (order != _IGNORED).sum().to(mask)])
         dist.all_reduce(counts, group=self.strategy.build_context.groups.dp_cp)
         samples, tokens, orders = counts.unbind()
         return {

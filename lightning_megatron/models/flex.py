@@ -7,6 +7,7 @@ scaled dot product attention.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -17,26 +18,59 @@ if TYPE_CHECKING:
     from lightning_megatron.models.attention import Scores
 
 
+logger = logging.getLogger(__name__)
+
+# A bias by distance is looked up for all pairs of a tile, which the kernels keep in shared memory beside keys and
+# values: on an H100 the tiles that torch chooses do not fit.
+_SMALL_TILES = {
+    "fwd_BLOCK_M": 64,
+    "fwd_BLOCK_N": 64,
+    "fwd_num_stages": 2,
+    "bwd_BLOCK_M1": 32,
+    "bwd_BLOCK_N1": 64,
+    "bwd_BLOCK_M2": 64,
+    "bwd_BLOCK_N2": 32,
+    "bwd_num_stages": 1,
+}
+_refused: list[str] = []
+
+
 def usable(query: Tensor, scores: Scores, dropout: float) -> bool:
     """Whether this kernel can and should be used: not for what is a tensor of all pairs already."""
-    if query.device.type != "cuda" or dropout > 0.0 or query.size(2) == 1:
+    if query.device.type != "cuda" or _refused or dropout > 0.0 or query.size(2) == 1:
         return False
     whole = (scores.hidden, scores.bias)
     return all(tensor is None or tensor.size(-2) == 1 for tensor in whole) and not (scores.plain and not scores.causal)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, scores: Scores, scale: float) -> Tensor:
-    """Attend ``[batch, heads, queries, head_size]`` to ``[batch, query_groups, keys, head_size]``."""
+def attend(query: Tensor, key: Tensor, value: Tensor, scores: Scores, scale: float) -> Tensor | None:
+    """Attend ``[batch, heads, queries, head_size]`` to ``[batch, query_groups, keys, head_size]``.
+
+    Returns:
+        ``None`` if torch cannot compile the kernel here, which is logged once; scaled dot product attention can.
+    """
     attention, _ = _compiled()
-    out: Tensor = attention(
-        query,
-        key,
-        value,
-        score_mod=_score_mod(scores),
-        block_mask=block_mask(scores, query.size(0), query.size(2), key.size(2)),
-        scale=scale,
-        enable_gqa=query.size(1) != key.size(1),
-    )
+    try:
+        out: Tensor = attention(
+            query,
+            key,
+            value,
+            score_mod=_score_mod(scores),
+            block_mask=block_mask(scores, query.size(0), query.size(2), key.size(2)),
+            scale=scale,
+            enable_gqa=query.size(1) != key.size(1),
+            kernel_options=_SMALL_TILES if scores.bias_by_distance is not None else None,
+        )
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            raise
+        _refused.append(str(error))
+        logger.warning(
+            "Attention with masks or biases holds the scores of all pairs of tokens, because torch cannot compile "
+            "FlexAttention here: %s",
+            str(error).splitlines()[0],
+        )
+        return None
     return out
 
 
@@ -49,10 +83,16 @@ def _compiled() -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 def _score_mod(scores: Scores) -> Callable[..., Tensor] | None:
-    rows, bias = scores.bias_by_distance, scores.bias
-    if rows is None and bias is None:
+    rows, bias, slopes = scores.bias_by_distance, scores.bias, scores.slopes
+    if rows is None and bias is None and slopes is None:
         return None
     query_positions, key_positions = scores.query_positions, scores.key_positions
+    if slopes is not None:
+
+        def alibi(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return score - slopes[h] * (key_positions[k] - query_positions[q]).abs()
+
+        return alibi
     if rows is not None:
         middle = rows.size(1) // 2
 

@@ -88,8 +88,9 @@ class RelativePositionBias(CoreModule):
         super().__init__(config)
         self.bidirectional, self.num_buckets, self.max_distance = bidirectional, num_buckets, max_distance
         heads, rank = divide(config.num_attention_heads, groups.tp.size()), groups.tp.rank()
-        whole = torch.empty(num_buckets, config.num_attention_heads, dtype=config.params_dtype)
-        torch.nn.init.normal_(whole, std=config.init_method_std, generator=torch.Generator().manual_seed(seed))
+        # On the CPU, whatever the default device is, so that the seed gives the same table everywhere.
+        whole = torch.empty(num_buckets, config.num_attention_heads, dtype=config.params_dtype, device="cpu")
+        torch.nn.init.normal_(whole, std=config.init_method_std, generator=torch.Generator("cpu").manual_seed(seed))
         device = torch.device("cpu") if config.use_cpu_initialization else torch.device(torch.cuda.current_device())
         self.weight = torch.nn.Parameter(whole[:, rank * heads : (rank + 1) * heads].clone().to(device))
         self.weight.tensor_model_parallel = True  # type: ignore[attr-defined]

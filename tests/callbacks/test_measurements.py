@@ -187,8 +187,7 @@ def test_waiting_for_data_is_seen_and_validation_and_checkpoints_are_not(ranks: 
     # Two of six batches follow a validation, whose gap is not counted, nor is the first one's.
     assert slow["data_time"] > 0.03
     (between,) = ranks.run(timed, 1, 0.0, 0.3, str(tmp_path / "2"))
-    assert between["data_time"] < 0.03
-    assert between["step_time"] < 0.3
+    assert between["data_time"] < 0.15  # counted, six sleeps over six batches would be 0.3
 
 
 def test_batches_that_only_accumulate_have_no_optimizer_time(ranks: Any, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def answer(capsys: Any, *arguments: str) -> tuple[int, str, str]:
 
 
 def test_all_commands_are_there(capsys: Any) -> None:
-    assert {name for name in COMMANDS if name != "convert"} <= set(available())
+    assert {*COMMANDS, *RECIPES} == set(available())
     code, out, _ = answer(capsys)
     assert code == 2
     assert all(name in out for name in available())
@@ -53,7 +53,8 @@ def test_help(capsys: Any, command: str) -> None:
         ("preprocess", "required: inputs"),
         ("plan", "For example:"),
         ("config", "--yes"),
-        ("generate", "required: checkpoint, --tokenizer"),
+        ("generate", "required: checkpoint"),
+        ("convert", "required: --load-path"),
         ("schedule", "For example:"),
         ("report", "required: RUN"),
     ],
@@ -88,6 +89,7 @@ def test_a_wrong_option_names_the_nearest(capsys: Any) -> None:
         (("doctor", "/no/such.ckpt"), 1, "There is no checkpoint"),
         (("generate", "/no/such.ckpt", "--tokenizer", "/no", "--prompt", "x"), 2, "error:"),
         (("generate", "/no/such.ckpt", "--tokenizer", "/no"), 2, "at least one --prompt"),
+        (("convert", "--load-path", "/no/such", "--save-path", "x", "--to", "huggingface"), 2, "error:"),
         (("preprocess", "/no/such.txt", "--output", "x", "--tokenizer", "/no"), 1, "error:"),
         (("config", "--yes", "--tp-degree", "many"), 2, "error:"),
     ],

@@ -19,11 +19,11 @@ from lightning_megatron.diagnosis.selftest import SelfTest, Trial, layouts, run_
 
 def doctor(*arguments: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "lightning_megatron.cli.main", "doctor", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **kwargs)
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, **kwargs)
 
 
 def test_a_healthy_machine() -> None:
-    result = doctor("--accelerator", "cpu")
+    result = doctor("--accelerator", "cpu", "--timeout", "200")
     assert result.returncode == 0, result.stdout + result.stderr
     for text in ("python", "megatron-core", "AdamW", "attention", "data parallel 2", "tp2_sp", "pp2", "agreement"):
         assert text in result.stdout
@@ -47,6 +47,15 @@ def test_malicious_uploads_are_told(monkeypatch: Any) -> None:
     found = requirement("lightning>=2.6")
     assert found.status is Status.PROBLEM
     assert "GHSA-w37p-236h-pfx3" in found.detail
+
+
+def test_packages_that_cannot_be_imported_are_problems(monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setitem(sys.modules, "lightning_megatron.data.native", None)  # as a broken file would
+    assert main(["doctor"]) == 1
+    output = capsys.readouterr().out
+    assert "1 problem: megatron-core" in output
+    assert "pip install --force-reinstall megatron-core" in output
+    assert "Self-test" not in output
 
 
 @pytest.mark.parametrize(
@@ -141,6 +150,8 @@ def test_what_a_self_test_means(result: SelfTest, problem: str | None) -> None:
 def test_arguments_that_do_not_fit(capsys: Any) -> None:
     assert main(["doctor", "--devices", "0"]) == 2
     assert "--devices=0" in capsys.readouterr().err
+    assert main(["doctor", "--timeout", "0"]) == 2
+    assert "--timeout=0" in capsys.readouterr().err
     assert main(["doctor", "nowhere.ckpt"]) == 1
     assert "There is no checkpoint" in capsys.readouterr().err
 

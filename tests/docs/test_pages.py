@@ -29,7 +29,7 @@ SMALLER = (
     ("global_batch_size=512", "global_batch_size=8"),
     ("L.Trainer(", 'L.Trainer(accelerator="cpu", enable_progress_bar=False, '),
     ("lightning-megatron pretrain", "lightning-megatron pretrain trainer.accelerator=cpu"),
-    ("lightning-megatron doctor", "lightning-megatron doctor --accelerator cpu"),
+    ("lightning-megatron doctor", "lightning-megatron doctor --accelerator cpu --timeout 200"),
     ("pretrain.py", "pretrain.py trainer.accelerator=cpu"),
 )
 
@@ -42,9 +42,7 @@ def smaller(source: str) -> str:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with `corpus.bin`, `tokenizer/`, `gpt2-large/`, `recipes/`, and the command on its path."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
+    """A directory with `corpus.bin`, `tokenizer/`, `recipes/`, and the command on its path."""
     from lightning_megatron.data import IndexedDatasetWriter, load_tokenizer, train_byte_level_bpe
 
     directory = tmp_path_factory.mktemp("docs")
@@ -53,8 +51,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with IndexedDatasetWriter(directory / "corpus") as writer:
         for tokens in tokenizer(texts)["input_ids"]:
             writer.add_document([*tokens, tokenizer.eos_token_id])
-    sizes = {"n_layer": 4, "n_embd": 32, "n_head": 4, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0}
-    GPT2LMHeadModel(GPT2Config(**sizes, vocab_size=512)).save_pretrained(directory / "gpt2-large")
+    pretrained(directory / "path" / "to" / "Qwen2.5-0.5B", tokenizer)
     for name in ("recipes", "conf"):
         (directory / name).symlink_to(ROOT / name)
     command = directory / "bin" / "lightning-megatron"
@@ -63,6 +60,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command.chmod(0o755)
     (directory / "bin" / "python").symlink_to(sys.executable)
     return directory
+
+
+def pretrained(path: Path, tokenizer: Any) -> None:
+    """A small model of the architecture that the pages name, without a download."""
+    import transformers
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.Qwen2Config(**sizes, intermediate_size=64, vocab_size=512, max_position_embeddings=64)
+    transformers.Qwen2ForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
 
 
 def shell(block: Block, place: Path) -> None:

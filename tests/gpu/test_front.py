@@ -19,7 +19,16 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_doctor() -> None:
-    command = [sys.executable, "-m", "lightning_megatron.cli.main", "doctor", "--accelerator", "cuda"]
+    command = [
+        sys.executable,
+        "-m",
+        "lightning_megatron.cli.main",
+        "doctor",
+        "--accelerator",
+        "cuda",
+        "--timeout",
+        "120",
+    ]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150, check=False)
     assert "Self-test" in result.stdout, result.stdout + result.stderr
     test = result.stdout[result.stdout.index("Self-test") :]

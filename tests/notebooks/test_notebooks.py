@@ -38,6 +38,13 @@ def test_custom_loss(tmp_path: Path) -> None:
     assert "train_rare_loss" in run(ROOT / "notebooks/02_custom_loss.ipynb", tmp_path)
 
 
+@pytest.mark.slow
+def test_fine_tuning_from_hugging_face(tmp_path: Path) -> None:
+    output = run(ROOT / "notebooks/04_fine_tune_from_hugging_face.ipynb", tmp_path)
+    assert "The capital of Greece is Athens." in output
+    assert (tmp_path / "fine_tuning/ours/model.safetensors").is_file()
+
+
 def test_plan_a_cluster(tmp_path: Path) -> None:
     assert "best: " in run(ROOT / "notebooks/03_plan_a_cluster.ipynb", tmp_path)
     assert len(list((tmp_path / "plan").glob("*.png"))) == 2
