@@ -177,8 +177,8 @@ class SaveOptions:
     dtype: torch.dtype | None = None
     """``None`` keeps that of each tensor."""
     tokenizer: Any = None
-    """A tokenizer of transformers, or where to load one from. ``None`` copies that of the directory that the model came
-    from, if that is still there."""
+    """A tokenizer of transformers, or where to load one from. ``None`` is that of the directory that the model came
+    from, or that the run of a checkpoint had, if it is still there."""
 
 
 class HuggingFaceWriter:
@@ -262,10 +262,13 @@ class HuggingFaceWriter:
             GenerationConfig.from_model_config(config).save_pretrained(self._partial)
 
     def _tokenizer(self) -> Any:
-        if self._options.tokenizer is not None:
+        source = self._options.tokenizer
+        if source is None and not self._identity.hugging_face:
+            source = self._identity.files  # of a run's; its special tokens are in no configuration yet
+        if source is not None:
             from lightning_megatron.data.tokenizer import load_tokenizer
 
-            tokenizer = load_tokenizer(self._options.tokenizer)
+            tokenizer = load_tokenizer(source)
             tokenizer.save_pretrained(self._partial)
             return tokenizer
         if self._identity.files is not None:

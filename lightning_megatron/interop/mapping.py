@@ -99,13 +99,17 @@ class Transform:
         return core
 
     def to_theirs(self, core: Tensor) -> list[Tensor]:
-        """Their tensors from ours."""
-        made = [core.new_empty((rows, *core.shape[1:])) for rows in self.rows(core.size(0))]
-        at = 0
-        for run in self.runs(core.size(0)):
-            length = run.stop - run.start
-            made[run.part][run.start : run.stop].copy_(core[at : at + length])
-            at += length
+        """Their tensors from ours; views of it where rows keep their order."""
+        runs, sizes = list(self.runs(core.size(0))), self.rows(core.size(0))
+        if runs == [Run(0, 0, sizes[0])]:
+            made = [core[: sizes[0]]]
+        else:
+            made = [core.new_empty((rows, *core.shape[1:])) for rows in sizes]
+            at = 0
+            for run in runs:
+                length = run.stop - run.start
+                made[run.part][run.start : run.stop].copy_(core[at : at + length])
+                at += length
         return [part.t() if self.transposed and part.dim() == 2 else part for part in made]
 
 

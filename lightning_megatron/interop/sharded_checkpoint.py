@@ -60,6 +60,9 @@ class ShardedCheckpoint:
         """
         metadata = CheckpointMetadata.read(path)
         identity = described(metadata.model, path)
+        tokenizer = Path(metadata.tokenizer.get("source") or ".")
+        if tokenizer.is_absolute() and tokenizer.is_dir():
+            identity = replace(identity, files=tokenizer)
         for name, total in metadata.files.items():
             size = (path / name).stat().st_size if (path / name).is_file() else None
             if size != total.size:

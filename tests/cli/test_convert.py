@@ -46,9 +46,9 @@ def test_is_a_command() -> None:
     ("name", "to", "more"),
     [
         ("gpt2", "megatron-legacy", ["--target-tensor-model-parallel-size", 2, "--target-params-dtype", "fp16"]),
-        ("bert", "lightning", []),
+        pytest.param("bert", "lightning", [], marks=pytest.mark.slow),
         ("t5_v1_1", "megatron", ["--make-vocab-size-divisible-by", 8]),
-        ("qwen2", "huggingface", ["--max-shard-size", "10KB", "--target-params-dtype", "bf16"]),
+        pytest.param("qwen2", "huggingface", ["--target-params-dtype", "bf16"], marks=pytest.mark.slow),
     ],
 )
 def test_verified(ranks: RankPool, name: str, to: str, more: list[Any], tmp_path: Path) -> None:

@@ -52,7 +52,9 @@ def rewrite(path: Path, change: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen2", "llama_tied", "megatron_bert", "megatron_bert_mlm", "t5", "mt5"])
-@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(
+    ("tensor", "pipeline"), [(2, 1), (2, 2), *(pytest.param(1, size, marks=pytest.mark.slow) for size in (1, 2))]
+)
 def test_any_layout(name: str, tensor: int, pipeline: int, tmp_path: Path) -> None:
     if "t5" in name and pipeline > 1:
         with pytest.raises(lm.CheckpointError, match="Files of a T5 in 2 pipeline stages have no agreed shape"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -68,6 +69,11 @@ MODELS: dict[str, Any] = {
     "t5_v1_1": _t5_v1_1,
     "mt5": _mt5,
 }
+
+
+def some(*names: str) -> list[Any]:
+    """All models as parameters of a test, of which those that are not named are slow."""
+    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
 
 
 def build(name: str) -> Any:

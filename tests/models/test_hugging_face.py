@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_megatron.interop import gpt2, llama, mapping, megatron_bert, sharding, t5
+from lightning_megatron.interop import bert, gpt2, llama, mapping, megatron_bert, sharding, t5
 from lightning_megatron.models.bert_module import BertModule
 from lightning_megatron.models.gpt_module import GPTModule
 from lightning_megatron.models.language_module import LanguageModelModule
@@ -79,10 +79,15 @@ def build(name: str) -> Case:
         config = _no_dropout(llama.config(model.config.to_dict()))
         batch = {"input_ids": _tokens(12), "labels": _tokens(12)}
         return Case(model, GPTModule, config, llama.table(config), llama.ignored(config), batch)
-    if name == "megatron_bert":
+    if name.endswith("bert"):
         sizes = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
-        model = _perturb(hf.MegatronBertForPreTraining(hf.MegatronBertConfig(**sizes, vocab_size=VOCAB)))
-        config = _no_dropout(megatron_bert.config(model.config.to_dict()))
+        sizes["vocab_size"] = VOCAB
+        if name == "bert":
+            model = _perturb(hf.BertForPreTraining(hf.BertConfig(**sizes)))
+        else:
+            model = _perturb(hf.MegatronBertForPreTraining(hf.MegatronBertConfig(**sizes)))
+        tables = bert if name == "bert" else megatron_bert
+        config = _no_dropout(tables.config(model.config.to_dict()))
         batch = {
             "input_ids": _tokens(12),
             "labels": _tokens(12).masked_fill((torch.arange(12) % 3 > 0) | (mask == 0), -100),
@@ -90,7 +95,7 @@ def build(name: str) -> Case:
             "token_type_ids": (torch.arange(12) > 5).long().expand(2, 12),
             "next_sentence_label": torch.tensor([0, 1]),
         }
-        return Case(model, BertModule, config, megatron_bert.table(config), megatron_bert.IGNORED, batch)
+        return Case(model, BertModule, config, tables.table(config), megatron_bert.IGNORED, batch)
     sizes = {
         "num_layers": 2,
         "d_model": 32,
@@ -160,7 +165,7 @@ def theirs(case: Case) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     return output.loss.detach(), logits.detach(), gradients
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("llama3", "t5_v1_1")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("llama3", "t5_v1_1", "bert")]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "megatron_bert", "t5", "mt5", *SLOW])
@@ -168,7 +173,7 @@ def test_equals_hugging_face(ranks: RankPool, name: str) -> None:
     case = build(name)
     loss, logits, gradients = theirs(case)
     weights = mapping.to_core(case.table, {k: v.detach() for k, v in case.model.state_dict().items()}, case.ignored)
-    real = case.batch.get("attention_mask") if name == "megatron_bert" else None
+    real = case.batch.get("attention_mask") if name.endswith("bert") else None
     for tp, pp in ((1, 1), (2, 1), (1, 2), (2, 2)):
         layout = {"tp": tp, "pp": pp, "sp": tp > 1}
         runs = ranks.run(ours, tp * pp, case.module, case.config, weights, case.batch, layout)
