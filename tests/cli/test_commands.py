@@ -54,10 +54,7 @@ def test_help(capsys: Any, command: str) -> None:
         ("plan", "For example:"),
         ("config", "--yes"),
         ("generate", "required: checkpoint"),
-<<<<<<< HEAD
         ("convert", "required: --load-path"),
-=======
->>>>>>> finish
         ("schedule", "For example:"),
         ("report", "required: RUN"),
     ],
