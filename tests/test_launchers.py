@@ -52,6 +52,7 @@ def finished(run_dir: Path) -> None:
     assert "max_steps: 2" in (run_dir / "config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_lightnings_own_launcher_starts_the_processes(corpus: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     train([sys.executable], corpus, run_dir, "trainer.devices=2", "parallel=tp2")
@@ -86,6 +87,7 @@ def test_slurm(corpus: Path, tmp_path: Path) -> None:
     finished(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_fork_as_in_a_notebook(corpus: Path, tmp_path: Path) -> None:
     train([sys.executable], corpus, tmp_path / "run", "trainer.devices=2", "parallel=pp2", "parallel.start_method=fork")
     finished(tmp_path / "run")

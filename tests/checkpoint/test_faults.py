@@ -86,6 +86,7 @@ def _kill_and_resume(directory: Path, kills: int, seed: int) -> int:
     return hits
 
 
+@pytest.mark.slow
 def test_killed_ranks(ranks: RankPool, tmp_path: Path) -> None:
     assert _kill_and_resume(tmp_path, 1, seed=1) == 1
 

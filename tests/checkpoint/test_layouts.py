@@ -90,11 +90,11 @@ def _close(one: Path, other: Path) -> int:
     return len(first)
 
 
-def _every_other_is_slow() -> list[Any]:
-    return [pytest.param(*pair, marks=[pytest.mark.slow] * (index % 2)) for index, pair in enumerate(PAIRS)]
+def _most_are_slow() -> list[Any]:
+    return [pytest.param(*pair, marks=[pytest.mark.slow] * (index % 3 > 0)) for index, pair in enumerate(PAIRS)]
 
 
-@pytest.mark.parametrize(("source", "target"), _every_other_is_slow())
+@pytest.mark.parametrize(("source", "target"), _most_are_slow())
 def test_pairs(saved: Saved, ranks: RankPool, tmp_path: Path, source: str, target: str) -> None:
     path, case = saved.checkpoint(source), CASES[target]
     again = tmp_path / "again.ckpt"

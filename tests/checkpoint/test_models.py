@@ -77,7 +77,7 @@ PAIRS = [
     ("moe", "plain", "pp2_ep2_distributed"),
     ("moe", "pp2_ep2_distributed", "ep2_distributed"),
 ]
-FAST = {("t5", "tp2_pp2_sp"), ("moe", "pp2_ep2_distributed")}
+FAST = {("moe", "pp2_ep2_distributed")}
 
 
 def _train(family: str, layout: dict[str, Any], steps: int, save: Path | None, resume: Path | None) -> list[float]:

@@ -30,7 +30,7 @@ def _train(case: Case, steps: int, save: Path | None, resume: Path | None, optio
     "case",
     [
         Case(2, TP2),
-        Case(4, PP2, distributed=True, precision="bf16-mixed"),
+        pytest.param(Case(4, PP2, distributed=True, precision="bf16-mixed"), marks=pytest.mark.slow),
         pytest.param(Case(2, precision="16-mixed"), marks=pytest.mark.slow),
     ],
     ids=["tp2", "pp2dp2-bf16-distributed", "dp2-fp16"],

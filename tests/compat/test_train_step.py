@@ -100,6 +100,7 @@ def test_the_recipe_is_short() -> None:
     assert len(source.splitlines()) <= 25
 
 
+@pytest.mark.slow
 def test_key_token_loss(ranks: RankPool) -> None:
     (reference,) = ranks.run(fit, 1, recipe, tokens(), {})
     (unweighted,) = ranks.run(fit, 1, gpt, tokens(), {})

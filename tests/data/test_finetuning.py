@@ -138,6 +138,7 @@ class TestHuggingFaceData:
         defaults = {"block_size": 64, "global_batch_size": 48, "num_workers": 0, "cache_dir": tmp_path / "cache"}
         return HuggingFaceData(dataset, tokenizer=tokenizer_dir, **(defaults | options))
 
+    @pytest.mark.slow
     def test_blocks_equal_hugging_faces_grouping(self, texts, tokenizer, tokenizer_dir: Path, tmp_path: Path) -> None:
         import datasets
 

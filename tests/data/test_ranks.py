@@ -135,6 +135,7 @@ def test_middle_stages_read_nothing(ranks: RankPool, prefix: Path) -> None:
     assert [samples == results[0][3] for _, _, _, samples, _ in results] == [True, False, False, True]
 
 
+@pytest.mark.slow
 def test_no_sample_twice_or_never_when_ranks_change(ranks: RankPool, prefix: Path, tmp_path: Path) -> None:
     """Two epochs with a last partial batch, from four replicas to one, then to two, with other workers."""
     epochs = {"max_epochs": 2}

@@ -141,7 +141,9 @@ RECOMPUTE = {
 }
 
 
-@pytest.mark.parametrize("mode", ["selective", "full uniform", pytest.param("full block", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "mode", ["selective", *(pytest.param(f"full {how}", marks=pytest.mark.slow) for how in ("uniform", "block"))]
+)
 def test_recompute_changes_nothing_even_with_dropout(mode: str, ranks: Any) -> None:
     dropout = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
     layout = {TP: 2, PP: 2, SP: True}

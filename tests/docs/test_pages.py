@@ -108,7 +108,11 @@ def run(page: Path, ranks: Any, place: Path, *, slow: bool) -> None:
             shell(block, place)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [page if page.stem == "README" else pytest.param(page, marks=pytest.mark.slow) for page in PAGES],
+    ids=lambda page: page.stem,
+)
 def test_blocks_run(ranks: Any, place: Path, page: Path) -> None:
     run(page, ranks, place, slow=False)
 

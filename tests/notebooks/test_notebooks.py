@@ -26,6 +26,7 @@ def run(path: Path, directory: Path) -> str:
     return result.stdout + result.stderr
 
 
+@pytest.mark.slow
 def test_first_steps(tmp_path: Path) -> None:
     output = run(ROOT / "notebooks/01_first_steps.ipynb", tmp_path)
     assert "model parallel rank (1, 1)" in output
