@@ -138,7 +138,7 @@ def test_checkpoints_and_generation(ranks: RankPool, tmp_path: Path) -> None:
         arguments = (str(tmp_path / "theirs"), LAYOUTS[layout], batch, str(tmp_path / "last.ckpt"), layout == "pp2")
         for found, tokens in ranks.run(restored, 2, *arguments):
             torch.testing.assert_close(found, after, atol=2e-5, rtol=0)
-            assert tokens == [int(after[0, -1].argmax())]
+            assert tokens == (int(after[0, -1].argmax()),)
 
 
 def test_wrong_values() -> None:
