@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lightning_megatron.errors import LayoutError as LayoutError
     from lightning_megatron.errors import ModuleError as ModuleError
     from lightning_megatron.layout import ParallelLayout as ParallelLayout
+    from lightning_megatron.lora import LoRAConfig as LoRAConfig
     from lightning_megatron.models.bert_module import BertModule as BertModule
     from lightning_megatron.models.collectives import (
         average_losses_across_data_parallel_group as average_losses_across_data_parallel_group,
@@ -54,6 +55,7 @@ _HOMES = {
     "GPTConfig": "models.config",
     "GPTModule": "models.gpt_module",
     "LayoutError": "errors",
+    "LoRAConfig": "lora",
     "Loss": "schedule",
     "LossScaling": "precision",
     "MegatronModule": "module",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightning_megatron.generation import Decoder, Generation, GenerationConfig, NewTokens
     from lightning_megatron.generation.engine import Engine
     from lightning_megatron.generation.prompts import Prompts
+    from lightning_megatron.lora import LoRAConfig
     from lightning_megatron.models.transformer_config import BuildContext
     from lightning_megatron.strategy import MegatronStrategy
 
@@ -45,6 +46,9 @@ class MegatronModule(pl.LightningModule):
 
     draws_initial_weights = True
     """Whether chunks need initial weights; not if :meth:`fill_new_chunks` gives all of them."""
+
+    lora: LoRAConfig | None = None
+    """Train adapters of this kind alone, and freeze everything else; set it before the module is built."""
 
     def __init__(self, optimizer: OptimizerConfig | None = None) -> None:
         super().__init__()
@@ -140,6 +144,10 @@ class MegatronModule(pl.LightningModule):
         with torch.random.fork_rng(devices=()):  # initial weights leave the generators of dropout and data alone
             drawn = replace(context, perform_initialization=weights is None and self.draws_initial_weights)
             self.chunks = torch.nn.ModuleList(self.build_chunks(drawn))
+        if self.lora is not None:
+            from lightning_megatron.lora import add_adapters
+
+            add_adapters(self.chunks, self.lora, context.seed)
         if weights is not None:
             self.chunks.load_state_dict(weights)
         else:

@@ -91,7 +91,7 @@ with _quiet_import():
     from megatron.core.transformer.attention import CrossAttention, CrossAttentionSubmodules, SelfAttention
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.identity_op import IdentityOp
-    from megatron.core.transformer.mlp import MLP, MLPSubmodules
+    from megatron.core.transformer.mlp import MLP, MLPSubmodules, apply_swiglu_sharded_factory
     from megatron.core.transformer.module import Float16Module, param_is_not_shared
     from megatron.core.transformer.module import MegatronModule as CoreModule
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
@@ -178,6 +178,7 @@ __all__ = [
     "TransformerConfig",
     "TransformerLayer",
     "TransformerLayerSubmodules",
+    "apply_swiglu_sharded_factory",
     "device_name_and_memory",
     "dist_checkpointing",
     "divide",

@@ -171,6 +171,7 @@ def restore(checkpoint: Path, trainer: pl.Trainer) -> MegatronModule:
     """
     from lightning_megatron.checkpoint.metadata import CheckpointMetadata
     from lightning_megatron.errors import CheckpointError
+    from lightning_megatron.lora import LoRAConfig
     from lightning_megatron.models.config import GPTConfig, T5Config
     from lightning_megatron.models.registry import module_for
 
@@ -179,5 +180,7 @@ def restore(checkpoint: Path, trainer: pl.Trainer) -> MegatronModule:
     if model.get("module") not in configs:
         raise CheckpointError(f"{checkpoint} holds a {model.get('module')}; {' and '.join(configs)} generate.")
     module = module_for(configs[model["module"]](**model["config"]))
+    if "lora" in model:
+        module.lora = LoRAConfig(**model["lora"])
     trainer.predict(module, _NoPrompts(), ckpt_path=checkpoint)
     return module

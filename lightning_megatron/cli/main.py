@@ -28,6 +28,7 @@ COMMANDS = {
 }
 RECIPES = {
     "pretrain": "recipes/pretrain.py: train, validate or test from Hydra configurations",
+    "finetune": "recipes/finetune.py: from a directory of Hugging Face to another, with or without LoRA",
     "demo": "recipes/demo.py: the whole way on a laptop",
 }
 

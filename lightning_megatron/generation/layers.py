@@ -135,7 +135,7 @@ class DecodingLayer:
 
     def _query_key_value(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``[rows, sequence, heads or groups, head_size]`` of this rank. Weights lie group by group: q.. k v."""
-        mixed = project(hidden, self._qkv.weight, self._qkv.bias)
+        mixed = column_parallel(self._qkv, hidden)
         if self._ranks_per_group > 1:
             mixed = gather_columns(mixed, self._tp)
             group = self._tp.rank() // self._ranks_per_group
@@ -190,7 +190,7 @@ class DecodingLayer:
     # ------------------------------------------------------------------------ MLP
 
     def _mlp(self, hidden: Tensor) -> Tensor:
-        inner = project(hidden, self._fc1.weight, self._fc1.bias)
+        inner = column_parallel(self._fc1, hidden)
         if self._gated:
             gate, up = inner.chunk(2, dim=-1)
             inner = self._activation(gate) * up
@@ -287,11 +287,19 @@ def project(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     return product if bias is None else product + bias
 
 
+def column_parallel(linear: Any, inputs: Tensor) -> Tensor:
+    """A linear whose outputs are spread over ranks; with its adapter, if it has one."""
+    out, adapter = project(inputs, linear.weight, linear.bias), getattr(linear, "adapter", None)
+    return out if adapter is None else out + adapter.product(inputs)
+
+
 def row_parallel(linear: Any, inputs: Tensor, tp: dist.ProcessGroup) -> Tensor:
-    """A linear whose inputs are spread over the ranks of a group."""
+    """A linear whose inputs are spread over the ranks of a group; with its adapter, if it has one."""
     if tp.size() == 1:
-        return project(inputs, linear.weight, linear.bias)
-    out = project(inputs, linear.weight)
+        return column_parallel(linear, inputs)
+    out, adapter = project(inputs, linear.weight), getattr(linear, "adapter", None)
+    if adapter is not None:
+        out = out + adapter.product(inputs)
     dist.all_reduce(out, group=tp)
     return out if linear.bias is None else out + linear.bias
 

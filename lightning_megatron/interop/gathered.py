@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from lightning_megatron.interop.core_model import CoreSpec, Identity
 from lightning_megatron.interop.hugging_face import HuggingFaceWriter, SaveOptions
 from lightning_megatron.interop.sharding import Piece, pieces
+from lightning_megatron.lora import A, B, LoRAConfig, is_adapter
 
 if TYPE_CHECKING:
     from lightning_megatron.checkpoint.together import Team
@@ -31,7 +33,9 @@ def save_gathered(module: LanguageModelModule, path: Path, options: SaveOptions)
     team = strategy.team
     what = f"Saving {path}"
     with strategy.gathered_weights():
-        mine, specs = _shares(module, team)
+        held = [piece for chunk in module.chunks for piece in pieces(chunk)]
+        mine, specs = shares([piece for piece in held if not is_adapter(piece.name)], team)
+        merge = Merge.of(held, module.lora)
 
         def begin() -> HuggingFaceWriter | None:
             if not team.first:
@@ -46,11 +50,11 @@ def save_gathered(module: LanguageModelModule, path: Path, options: SaveOptions)
         failed: list[Exception] = []
         names = [entry.core for entry in writer.entries] if writer is not None else []
         for index, name in enumerate(team.share(names)[0]):
-            parts = [part for rank in team.gather(_parts(mine.get(name, []))) for part in rank]
+            parts = [part for rank in team.gather(parts_of(mine.get(name, []), merge)) for part in rank]
             if writer is None or failed:
                 continue  # the others send what there is
             try:
-                writer.put(writer.entries[index], _joined(specs[name], parts))
+                writer.put(writer.entries[index], joined(specs[name], parts))
             except Exception as error:
                 failed.append(error)
         team.do(what, lambda: _end(writer, failed))
@@ -64,20 +68,50 @@ def _end(writer: HuggingFaceWriter | None, failed: list[Exception]) -> None:
             raise failed[0]
 
 
-def _parts(held: list[Piece]) -> list[tuple[tuple[slice, ...], Tensor]]:
-    return [(piece.place, piece.tensor.detach().cpu().contiguous()) for piece in held]
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """Adds a rank's parts of ``B A`` to its parts of weights; nothing without adapters."""
+
+    factors: dict[tuple[str, int], Tensor]
+    """``A`` by name and first input, ``B`` by name and first output."""
+    scale: float
+
+    @classmethod
+    def of(cls, held: list[Piece], lora: LoRAConfig | None) -> Merge:
+        """From all that a rank holds."""
+        factors = {(p.name, p.place[int(p.name.endswith(A))].start): p.tensor for p in held if is_adapter(p.name)}
+        return cls(factors, 0.0 if lora is None else lora.scale)
+
+    def __call__(self, piece: Piece) -> Tensor:
+        """The part of a weight as it is exported."""
+        stem = piece.name.removesuffix("weight")
+        if stem == piece.name or len(piece.place) != 2:
+            return piece.tensor
+        low = self.factors.get((stem + A, piece.place[1].start))
+        high = self.factors.get((stem + B, piece.place[0].start))
+        if low is None or high is None:
+            return piece.tensor
+        return (piece.tensor.float() + self.scale * (high.float() @ low.float())).to(piece.tensor.dtype)
 
 
-def _joined(spec: CoreSpec, parts: list[tuple[tuple[slice, ...], Tensor]]) -> Tensor:
+Parts = list[tuple[tuple[slice, ...], Tensor]]
+
+
+def parts_of(held: list[Piece], merge: Merge) -> Parts:
+    """What a rank sends of one tensor."""
+    return [(piece.place, merge(piece).detach().cpu().contiguous()) for piece in held]
+
+
+def joined(spec: CoreSpec, parts: Parts) -> Tensor:
+    """A whole tensor from the parts of all ranks."""
     whole = torch.empty(spec.shape, dtype=spec.dtype)
     for place, tensor in parts:
         whole[place] = tensor
     return whole
 
 
-def _shares(module: LanguageModelModule, team: Team) -> tuple[dict[str, list[Piece]], Mapping[str, CoreSpec]]:
-    """What this rank sends, so that each part is sent once; and all tensors."""
-    held = [piece for chunk in module.chunks for piece in pieces(chunk)]
+def shares(held: list[Piece], team: Team) -> tuple[dict[str, list[Piece]], Mapping[str, CoreSpec]]:
+    """What this rank sends of what it holds, so that each part is sent once; and all tensors."""
     reports: list[Any] = team.share([(p.name, _place(p), p.shape, p.tensor.dtype) for p in held])
     senders: dict[tuple[str, Place], int] = {}
     specs: dict[str, CoreSpec] = {}

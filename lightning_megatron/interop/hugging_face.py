@@ -27,6 +27,7 @@ from lightning_megatron.interop.safetensors_files import (
     parse_size,
 )
 from lightning_megatron.interop.sharding import pieces
+from lightning_megatron.lora import is_adapter
 from lightning_megatron.models.config import TransformerModelConfig
 
 CONFIG_FILE = "config.json"
@@ -120,7 +121,7 @@ class HuggingFaceDirectory:
         optional = {core for rule in self.architecture.table(self.config) if rule.optional for core, _ in rule.expand()}
         for chunk in chunks:
             for piece in pieces(chunk):
-                if piece.name in optional and piece.name not in self._entries:
+                if is_adapter(piece.name) or (piece.name in optional and piece.name not in self._entries):
                     continue
                 if piece.name not in self._entries:
                     raise CheckpointError(
@@ -199,7 +200,7 @@ class HuggingFaceWriter:
         self._path, self._partial = path, partial_path(path)
         self._identity, self._options = identity, options
         origin = identity.hugging_face.get("model_type")
-        self._architecture = _chosen(identity.config, options.model_type, origin)
+        self._architecture = chosen_architecture(identity.config, options.model_type, origin)
         heads = [entry.core for entry in entries(self._architecture.table(identity.config))]
         self.entries = [e for e in entries(self._architecture.table(identity.config)) if e.core in specs]
         """What is to come, in order."""
@@ -278,7 +279,8 @@ class HuggingFaceWriter:
         return None
 
 
-def _chosen(config: TransformerModelConfig, asked: str | None, origin: str | None) -> Architecture:
+def chosen_architecture(config: TransformerModelConfig, asked: str | None, origin: str | None) -> Architecture:
+    """The one asked for, or that the model came from if it still fits, or the first that fits."""
     if asked is None and origin is not None:
         try:
             return architecture_for(config, origin)

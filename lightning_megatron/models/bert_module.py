@@ -53,7 +53,7 @@ class BertModule(LanguageModelModule):
     def build_chunks(self, context: BuildContext) -> list[torch.nn.Module]:
         self.check_layout(context)
         core_config = transformer_config(self.config, context)
-        fused = context.device.type == "cuda" if self.fused is None else self.fused
+        fused = self.runs_fused(self.fused, context)
         return [BertChunk(self.config, core_config, context, stage, fused=fused) for stage in context.stages]
 
     @override

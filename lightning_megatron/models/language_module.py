@@ -113,7 +113,8 @@ class LanguageModelModule(MegatronModule):
         tokenizer: Any = None,
     ) -> None:
         """Write a directory that ``AutoModel...from_pretrained`` of transformers loads. Every rank calls this, after or
-        inside fit, validate, test or predict; rank 0 writes, holding one tensor at a time.
+        inside fit, validate, test or predict; rank 0 writes, holding one tensor at a time. Adapters of :attr:`lora` are
+        merged into the weights.
 
         Args:
             path: a new or empty directory.
@@ -133,10 +134,28 @@ class LanguageModelModule(MegatronModule):
 
         save_gathered(self, Path(path), SaveOptions(max_shard_size, model_type, dtype, tokenizer))
 
+    def save_adapter(self, path: str | Path, *, model_type: str | None = None) -> None:
+        """Write the adapters of :attr:`lora` as a directory that ``PeftModel.from_pretrained`` of peft loads. Every
+        rank calls this, as :meth:`save_pretrained`.
+
+        Args:
+            path: a new or empty directory.
+            model_type: as in :meth:`save_pretrained`.
+
+        Raises:
+            ModuleError: the module has no adapters.
+            CheckpointError: on every rank: something is there, or writing failed.
+        """
+        from lightning_megatron.interop.adapter import save_adapter
+
+        save_adapter(self, Path(path), model_type)
+
     @override
     def describe(self) -> dict[str, Any]:
         described = {"module": f"{self.config_type.__name__.removesuffix('Config')}Module"}
         described |= {"config": asdict(self.config)}  # type: ignore[dict-item]
+        if self.lora is not None:
+            described |= {"lora": asdict(self.lora)}  # type: ignore[dict-item]
         return described if self.pretrained is None else described | {"hugging_face": dict(self.pretrained.theirs)}
 
     @override
@@ -152,6 +171,13 @@ class LanguageModelModule(MegatronModule):
         groups = self.strategy.build_context.groups
         if self._built_in is not built and groups.dp_cp.rank() == 0:
             logger.info(parameter_report(self.chunks, groups.tp.rank(), groups.pp.rank()))
+
+    def runs_fused(self, asked: bool | None, context: BuildContext) -> bool:
+        """Whether layers and loss run as fused kernels, which read weights and know of no adapters."""
+        wanted = context.device.type == "cuda" if asked is None else asked
+        if wanted and self.lora is not None:
+            logger.warning("Transformer layers run unfused, because of lora=%s.", self.lora)
+        return wanted and self.lora is None
 
     # --------------------------------------------------------------------- logits
 

@@ -107,6 +107,8 @@ def test_wrong_values(capsys: Any, arguments: tuple[str, ...], code: int, messag
         (("pretrain",), 2, "data.data_path has no value"),
         (("pretrain", "modle=gpt_tiny"), 2, "Did you mean 'model'?"),
         (("pretrain", "gpt_tiny"), 2, "is not field=value"),
+        (("finetune", "--help"), 0, "usage: lightning-megatron finetune"),
+        (("finetune", "save_path=x"), 2, "pretrained has no value"),
         (("demo", "--help"), 0, "--steps"),
         (("demo", "--stepz", "3"), 2, "unrecognized arguments"),
     ],

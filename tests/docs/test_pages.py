@@ -29,6 +29,7 @@ SMALLER = (
     ("global_batch_size=512", "global_batch_size=8"),
     ("L.Trainer(", 'L.Trainer(accelerator="cpu", enable_progress_bar=False, '),
     ("lightning-megatron pretrain", "lightning-megatron pretrain trainer.accelerator=cpu"),
+    ("train.jsonl", "train.jsonl trainer.accelerator=cpu trainer.max_steps=2 data.seq_length=64"),
     ("lightning-megatron doctor", "lightning-megatron doctor --accelerator cpu --timeout 200"),
     ("pretrain.py", "pretrain.py trainer.accelerator=cpu"),
 )
@@ -52,6 +53,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for tokens in tokenizer(texts)["input_ids"]:
             writer.add_document([*tokens, tokenizer.eos_token_id])
     pretrained(directory / "path" / "to" / "Qwen2.5-0.5B", tokenizer)
+    (directory / "train.jsonl").write_text('{"prompt": "The module", "completion": " returns"}\n' * 32)
     for name in ("recipes", "conf"):
         (directory / name).symlink_to(ROOT / name)
     command = directory / "bin" / "lightning-megatron"

@@ -1,0 +1,51 @@
+"""Fine-tune a model of Hugging Face: from a directory of transformers to a directory of transformers.
+
+python recipes/finetune.py pretrained=Qwen2.5-0.5B data.train_path=train.jsonl save_path=tuned lora.rank=16
+"""
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+from hydra.utils import instantiate
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_megatron.cli.configuration import ConfigurationError, recipe
+from lightning_megatron.models.registry import from_pretrained
+
+
+@recipe("finetune")
+def main(config: DictConfig) -> None:
+    """Load, train, and write the model, and its adapter if there is one."""
+    adapter = config.adapter_path
+    if adapter is not None and config.lora is None:
+        raise ConfigurationError("adapter_path is given, but lora=null trains no adapter. Leave one of them out.")
+    for path in (config.save_path, adapter):
+        if path is not None and Path(path).exists() and (not Path(path).is_dir() or any(Path(path).iterdir())):
+            raise ConfigurationError(f"{path} exists already. Give a new or an empty directory.")
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    save_config(config)
+    trainer = instantiate(
+        config.trainer,
+        strategy=instantiate(config.parallel, precision_plugin=instantiate(config.precision)),
+        logger=list(instantiate(config.logger).values()),
+        callbacks=list(instantiate(config.callbacks).values()),
+    )
+    module = from_pretrained(config.pretrained, instantiate(config.optim), **config.changes)
+    module.lora = instantiate(config.lora)
+    trainer.fit(module, datamodule=instantiate(config.data), ckpt_path=config.ckpt_path)
+    module.save_pretrained(config.save_path, tokenizer=config.data.tokenizer)
+    if adapter is not None:
+        module.save_adapter(adapter)
+
+
+@rank_zero_only
+def save_config(config: DictConfig) -> None:
+    """The resolved configuration, beside the run."""
+    directory = Path(config.run_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
+
+
+if __name__ == "__main__":
+    main()
