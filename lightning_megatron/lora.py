@@ -88,9 +88,9 @@ class LoRAAdapter(torch.nn.Module):
         self.column = isinstance(linear, tensor_parallel.ColumnParallelLinear)
         self.sequence_parallel = linear.sequence_parallel and self.group.size() > 1
         self.gated = name.endswith("linear_fc1") and linear.config.gated_linear_unit
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        generator = torch.Generator("cpu").manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         bound = 1.0 / math.sqrt(linear.input_size)
-        drawn = torch.empty(config.rank, linear.input_size).uniform_(-bound, bound, generator=generator)
+        drawn = torch.empty(config.rank, linear.input_size, device="cpu").uniform_(-bound, bound, generator=generator)
         if not self.column:
             drawn = drawn.chunk(self.group.size(), dim=1)[self.group.rank()]
         weight = linear.weight
