@@ -42,7 +42,10 @@ def test_import_is_light() -> None:
 
 @pytest.mark.parametrize(
     "imports",
-    ["import lightning_megatron, lightning.pytorch as pl", "import lightning.pytorch as pl, lightning_megatron"],
+    [
+        "import lightning_megatron, lightning.pytorch as pl",
+        pytest.param("import lightning.pytorch as pl, lightning_megatron", marks=pytest.mark.slow),
+    ],
 )
 def test_names_are_registered_in_either_order(imports: str) -> None:
     code = imports + (

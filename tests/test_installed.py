@@ -39,7 +39,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     check(sys.executable, "-m", "venv", "--without-pip", place / "venv")
     python = place / "venv" / "bin" / "python"
     (wheel,) = (place / "dist").glob("*.whl")
-    check(*pip, "--python", python, "install", *offline, wheel)
+    # Not from the repository, where pip would take what an editable install has left for the package itself.
+    check(*pip, "--python", python, "install", *offline, wheel, cwd=place)
     shutil.rmtree(source)
     (site,) = (place / "venv" / "lib").glob("python*/site-packages")
     # Plain lines of a .pth add a directory without reading the .pth files in it, where an editable install would be.

@@ -22,6 +22,7 @@ def doctor(*arguments: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, **kwargs)
 
 
+@pytest.mark.slow
 def test_a_healthy_machine() -> None:
     result = doctor("--accelerator", "cpu", "--timeout", "200")
     assert result.returncode == 0, result.stdout + result.stderr

@@ -291,7 +291,9 @@ def part_of_an_epoch(path: str, phase: str, loader: str) -> list[float]:
     return record.losses
 
 
-@pytest.mark.parametrize("loader", ["shared", pytest.param("plain", marks=pytest.mark.slow), "random"])
+@pytest.mark.parametrize(
+    "loader", ["shared", *(pytest.param(name, marks=pytest.mark.slow) for name in ("plain", "random"))]
+)
 def test_resuming_in_the_middle_of_an_epoch_is_bit_identical(loader: str, ranks: Any, tmp_path: Path) -> None:
     path = str(tmp_path / "three.ckpt")
     whole, first, rest = (ranks.run(part_of_an_epoch, 4, path, phase, loader)[0] for phase in ("all", "first", "rest"))

@@ -112,7 +112,10 @@ def run(page: Path, ranks: Any, place: Path, *, slow: bool) -> None:
 
 @pytest.mark.parametrize(
     "page",
-    [page if page.stem == "README" else pytest.param(page, marks=pytest.mark.slow) for page in PAGES],
+    [
+        pytest.param(page, marks=[pytest.mark.slow] * (page.stem != "README" or page.parent.name == "docs"))
+        for page in PAGES
+    ],
     ids=lambda page: page.stem,
 )
 def test_blocks_run(ranks: Any, place: Path, page: Path) -> None:

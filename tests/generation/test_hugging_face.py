@@ -85,7 +85,7 @@ def _padded(found: list[Generation]) -> list[list[int]]:
         ("llama", "tp2"),
         ("llama", "pp2"),
         *(pytest.param("llama", layout, marks=pytest.mark.slow) for layout in ("tp1", "tp2_pp2")),
-        ("llama_mqa", "tp2_pp2"),
+        pytest.param("llama_mqa", "tp2_pp2", marks=pytest.mark.slow),
     ],
 )
 def test_same_tokens(ranks: RankPool, family: str, layout: str) -> None:

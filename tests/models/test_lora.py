@@ -87,7 +87,7 @@ def check_files(name: str, model: Any, batch: Batch, after: torch.Tensor, out: P
         torch.testing.assert_close(after, tiny.outputs(found, batch)[1], atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", pytest.param("qwen2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "qwen2"))])
 def test_training_and_export(ranks: RankPool, name: str, tmp_path: Path) -> None:
     model, batch = tiny.save(name, tmp_path / "theirs"), tiny.batch(name)
     base = tiny.outputs(model, batch)[1]
