@@ -39,8 +39,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     check(sys.executable, "-m", "venv", "--without-pip", place / "venv")
     python = place / "venv" / "bin" / "python"
     (wheel,) = (place / "dist").glob("*.whl")
-    # Not from the repository, where pip would take what an editable install has left for the package itself.
-    check(*pip, "--python", python, "install", *offline, wheel, cwd=place)
+    # Without a view of the repository, where pip would take what an editable install has left for the package itself.
+    check(*pip, "--python", python, "install", *offline, wheel, cwd=place, env=clean_environment())
     shutil.rmtree(source)
     (site,) = (place / "venv" / "lib").glob("python*/site-packages")
     # Plain lines of a .pth add a directory without reading the .pth files in it, where an editable install would be.
@@ -54,9 +54,12 @@ def check(*command: Any, **kwargs: Any) -> str:
     return result.stdout
 
 
+def clean_environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+
+
 def outside(installed: Path, tmp_path: Path, *command: Any, timeout: float = 240) -> str:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    return check(installed / command[0], *command[1:], cwd=tmp_path, env=environment, timeout=timeout)
+    return check(installed / command[0], *command[1:], cwd=tmp_path, env=clean_environment(), timeout=timeout)
 
 
 def test_the_package_and_its_files_come_from_the_wheel(installed: Path, tmp_path: Path) -> None:
