@@ -7,10 +7,9 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 from hydra.utils import instantiate
-from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from lightning_megatron.cli.configuration import ConfigurationError, recipe
+from lightning_megatron.cli.configuration import ConfigurationError, recipe, save_config
 from lightning_megatron.models.registry import from_pretrained
 
 
@@ -37,14 +36,6 @@ def main(config: DictConfig) -> None:
     module.save_pretrained(config.save_path, tokenizer=config.data.tokenizer)
     if adapter is not None:
         module.save_adapter(adapter)
-
-
-@rank_zero_only
-def save_config(config: DictConfig) -> None:
-    """The resolved configuration, beside the run."""
-    directory = Path(config.run_dir)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
 
 
 if __name__ == "__main__":

@@ -271,3 +271,13 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _spell(hint: Any) -> str:
     return hint.__name__ if inspect.isclass(hint) else str(hint).replace("typing.", "")
+
+
+def save_config(config: DictConfig) -> None:
+    """Write the resolved configuration beside the run, on one rank."""
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        directory = Path(config.run_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
