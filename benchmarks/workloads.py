@@ -121,7 +121,8 @@ def bert() -> Workload:
     """BERT-large's masked-token objective at sequence 512, a seventh of the tokens masked, none of them padding."""
     config = lm.BertConfig.megatron("345m", add_binary_head=False, **_OFF)
     hidden, layers, sequence = config.hidden_size, config.num_layers, _BERT_SEQUENCE
-    weights = 12 * layers * hidden**2 + (config.padded_vocab_size(1) + hidden) * hidden
+    head = 0.15 * (config.padded_vocab_size(1) + hidden) * hidden  # masked tokens alone have a loss
+    weights = 12 * layers * hidden**2 + head
 
     def batch(samples: int, generator: torch.Generator) -> Batch:
         tokens = torch.randint(0, config.vocab_size, (samples, sequence), generator=generator)

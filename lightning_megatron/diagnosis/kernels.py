@@ -38,6 +38,8 @@ def _attention(cuda: bool, capability: tuple[int, int]) -> list[Kernel]:
             Kernel("attention", "torch scaled dot product attention", "its CPU kernel; there is no GPU"),
             Kernel("attention with masks", "the same, with the mask as a tensor", "FlexAttention needs CUDA"),
         ]
+    from lightning_megatron.models import cudnn_attention
+
     name = f"sm_{capability[0]}{capability[1]}"
     flash = capability >= (8, 0)
     plain = Kernel(
@@ -45,8 +47,14 @@ def _attention(cuda: bool, capability: tuple[int, int]) -> list[Kernel]:
         "FlashAttention, in torch" if flash else "memory-efficient attention, in torch",
         f"{name} {'has' if flash else 'is older than'} the instructions of FlashAttention (sm_80); 16-bit weights",
     )
-    masked = Kernel("attention with masks", "FlexAttention, in torch", "documents, ALiBi and T5's bias stay in rows")
-    return [plain, masked]
+    masked = Kernel("attention with masks", "FlexAttention, in torch", "documents and biases stay in rows")
+    reason = cudnn_attention.unavailable()
+    alibi = Kernel(
+        "ALiBi",
+        "cuDNN" if reason is None else "FlexAttention, in torch",
+        "nvidia-cudnn-frontend is installed; without tensor parallelism" if reason is None else reason,
+    )
+    return [plain, masked, alibi]
 
 
 def _layers(cuda: bool) -> Kernel:

@@ -3,13 +3,14 @@
 What a query may see, and what is added to its score, is kept small (:class:`Scores`): documents as one number per
 token, biases as one row per head. Two kernels read it: torch's scaled dot product attention, which takes it as a
 tensor of scores, and FlexAttention on CUDA, which computes it on the fly, so that memory stays linear in the sequence.
+ALiBi runs in cuDNN where :mod:`~lightning_megatron.models.cudnn_attention` can.
 """
 
 from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from lightning_megatron.backends.core import (
     divide,
     tensor_parallel,
 )
-from lightning_megatron.models import flex
+from lightning_megatron.models import cudnn_attention, flex
 from lightning_megatron.models.context_parallel import positions, zigzag_order, zigzag_positions
 from lightning_megatron.models.position_bias import alibi_slopes
 
@@ -125,6 +126,7 @@ class SDPACoreAttention(CoreModule):
         self.hidden_size_per_partition = divide(config.kv_channels * config.num_attention_heads, groups.tp.size())
         self.softmax_scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
         self.attention_dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.holds_all_heads = groups.tp.size() == 1
         self.slopes: Tensor | None = None
         if alibi:
             heads = divide(config.num_attention_heads, groups.tp.size())
@@ -227,12 +229,12 @@ class SDPACoreAttention(CoreModule):
         dropout = self.attention_dropout if self.training else 0.0
         bias: Tensor | None = None
         is_causal = scores.plain and scores.causal and in_order
-        flexible = None
-        if not is_causal and flex.usable(q, scores, dropout):
-            flexible = flex.attend(q, k, v, scores, self.softmax_scale)
-        if flexible is not None:
-            out = flexible
-        else:
+        out: Tensor | None = None
+        if self._cudnn_knows(scores, dropout, in_order) and cudnn_attention.usable(q):
+            out = cudnn_attention.attend(q, k, v, self.softmax_scale)
+        if out is None and not is_causal and flex.usable(q, scores, dropout):
+            out = flex.attend(q, k, v, scores, self.softmax_scale)
+        if out is None:
             if not is_causal:
                 bias = scores.materialise(q.dtype)
             with self._rng(dropout):
@@ -247,6 +249,11 @@ class SDPACoreAttention(CoreModule):
                     enable_gqa=q.size(1) != k.size(1),
                 )
         return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), self.hidden_size_per_partition)
+
+    def _cudnn_knows(self, scores: Scores, dropout: float, in_order: bool) -> bool:
+        """Whether this is causal ALiBi and nothing else, with the slopes of all heads on this rank."""
+        only_slopes = scores.slopes is not None and replace(scores, slopes=None).plain
+        return only_slopes and self.holds_all_heads and scores.causal and in_order and dropout == 0.0
 
     def _rng(self, dropout: float) -> AbstractContextManager[None]:
         # Heads are split over tensor-parallel ranks, so each rank draws other dropout masks. Under sequence

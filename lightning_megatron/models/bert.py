@@ -41,6 +41,13 @@ def _linear(config: CoreConfig, outputs: int, *, of_sequence: bool = False) -> t
     return linear
 
 
+def _rows(states: Tensor, positions: Tensor) -> Tensor:
+    """The states at ``[batch, count]`` positions: ``[sequence, batch, hidden]`` to ``[count, batch, hidden]``."""
+    batch = states.size(1)
+    rows = positions.t() * batch + torch.arange(batch, device=positions.device)
+    return states.flatten(0, 1).index_select(0, rows.flatten()).view(*rows.shape, -1)
+
+
 class BertLMHead(CoreModule):
     """What comes between the encoder and the vocabulary: a dense layer, the model's activation and a norm."""
 
@@ -172,6 +179,7 @@ class BertChunk(VocabularyLoss):
         attention_mask: Tensor | None,
         tokentype_ids: Tensor | None = None,
         lm_labels: Tensor | None = None,
+        masked_positions: Tensor | None = None,
     ) -> Any:
         """Run this chunk.
 
@@ -180,6 +188,8 @@ class BertChunk(VocabularyLoss):
             attention_mask: ``[batch, sequence]``, 1 where a token is real; ``None`` if all are.
             tokentype_ids: ``[batch, sequence]``, the segment of each token.
             lm_labels: ``[batch, sequence]``
+            masked_positions: ``[batch, count]``, the positions of the tokens whose losses are wanted, filled up with
+                the sequence's length; ``None`` wants all. Without labels it has no meaning.
 
         Returns:
             On the last stage losses ``[batch, sequence]`` (without labels logits ``[batch, sequence, padded_vocabulary
@@ -203,16 +213,29 @@ class BertChunk(VocabularyLoss):
         binary = None if self.binary_head is None else self.binary_head(pooled)
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else None
-        states = self.lm_head(states)
-        if lm_labels is not None and self._fused_loss is not None and self.kept_logits is None:
-            losses = self._fused_loss(
-                hidden_states=states, output_layer=self.output_layer, output_weight=weight, labels=lm_labels
-            )
-            return losses, binary
-        logits, _ = self.output_layer(states, weight=weight)
         if lm_labels is None:
+            logits, _ = self.output_layer(self.lm_head(states), weight=weight)
             return logits.transpose(0, 1).contiguous(), binary
-        return self.compute_language_model_loss(lm_labels, logits), binary
+        # Under sequence parallelism a rank's part of the states holds an unknown part of the masked tokens.
+        whole = masked_positions is None or self.config.sequence_parallel or self.kept_logits is not None
+        if whole:
+            return self._losses(states, weight, lm_labels), binary
+        assert masked_positions is not None
+        length = lm_labels.size(1)
+        real = masked_positions.clamp(max=length - 1)
+        losses = self._losses(_rows(states, real), weight, lm_labels.gather(1, real))
+        spread = losses.new_zeros(len(losses), length + 1).scatter(1, masked_positions, losses)
+        return spread[:, :length], binary
+
+    def _losses(self, states: Tensor, weight: Tensor | None, labels: Tensor) -> Tensor:
+        """``[sequence, batch, hidden]`` and ``[batch, sequence]`` to ``[batch, sequence]``."""
+        states = self.lm_head(states)
+        if self._fused_loss is not None and self.kept_logits is None:
+            return self._fused_loss(
+                hidden_states=states, output_layer=self.output_layer, output_weight=weight, labels=labels
+            )
+        logits, _ = self.output_layer(states, weight=weight)
+        return self.compute_language_model_loss(labels, logits)
 
     def _embed(self, tokens: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
         """``[sequence, batch, hidden]``, split along the sequence under sequence parallelism."""

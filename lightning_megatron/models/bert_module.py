@@ -21,11 +21,24 @@ from lightning_megatron.schedule import Batch, Loss
 _IGNORED = -100
 
 
+def _masked_positions(counts: Tensor) -> Tensor | None:
+    """Where each sample's tokens are that count, ``[batch, most of a sample]``, filled up with the sequence's length;
+    ``None`` if they are most of the tokens."""
+    sequence = counts.size(1)
+    counted = counts != 0
+    most = -8 * (-int(counted.sum(1).max()) // 8)  # few different shapes
+    if not 0 < most <= sequence // 2:
+        return None
+    positions = torch.arange(sequence, device=counts.device).expand_as(counted).masked_fill(~counted, sequence)
+    return positions.sort(dim=1).values[:, :most].contiguous()
+
+
 class BertModule(LanguageModelModule):
     """A BERT. See :class:`~lightning_megatron.models.language_module.LanguageModelModule` for arguments.
 
     In pre-training the loss is the mean over masked tokens of the global batch, plus the mean over its samples of the
-    binary head's, whichever way micro-batches and replicas cut the batch. A batch holds, ``[batch, sequence]``:
+    binary head's, whichever way micro-batches and replicas cut the batch. The vocabulary is computed for masked tokens
+    alone where they are at most half of the tokens; the losses of others are 0. A batch holds, ``[batch, sequence]``:
 
     - ``text``, ``types``, ``labels``, ``loss_mask``, ``padding_mask`` and ``is_random`` ``[batch]``: what
       :mod:`lightning_megatron.data` and megatron-core's datasets yield; or
@@ -65,6 +78,7 @@ class BertModule(LanguageModelModule):
             microbatch.get("padding_mask"),
             tokentype_ids=microbatch["types"],
             lm_labels=microbatch["lm_labels"] if self.config.num_labels is None else None,
+            masked_positions=microbatch.get("masked_positions"),
         )
         last: Any = self.chunks[-1]
         if self.config.num_labels is not None and last.kept_logits is not None and output.dim() == 2:
@@ -161,7 +175,10 @@ class BertModule(LanguageModelModule):
         if order is None:
             order = torch.full((labels.size(0),), _IGNORED)
         order = order.long().view(-1)
-        return {"lm_labels": labels, "loss_mask": counts, "sentence_order": order.masked_fill(order < 0, _IGNORED)}
+        order = order.masked_fill(order < 0, _IGNORED)
+        prepared = {"lm_labels": labels, "loss_mask": counts, "sentence_order": order}
+        positions = _masked_positions(counts)
+        return prepared if positions is None else prepared | {"masked_positions": positions}
 
     def _check_types(self, types: Tensor) -> None:
         most = max(self.config.num_tokentypes, 1)

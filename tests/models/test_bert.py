@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -92,6 +93,30 @@ def test_fused_layers_and_loss_equal_unfused(ranks: RankPool, padded: bool) -> N
     for world, layout in [(1, {}), (2, {"tp": 2, "sp": True}), (2, {"pp": 2, "mbs": 1})]:
         for run in ranks.run(fit, world, make_fused, given, layout):
             assert_same(run, reference)
+
+
+class WholeVocabulary(BertModule):
+    """Computes the vocabulary for all tokens, as it is done under sequence parallelism."""
+
+    def prepare_batch(self, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        return {name: value for name, value in super().prepare_batch(batch).items() if name != "masked_positions"}
+
+
+def make_whole(fused: bool) -> BertModule:
+    module = WholeVocabulary(make().config)
+    module.fused = fused
+    return module
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_vocabulary_for_masked_tokens_alone_changes_nothing(ranks: RankPool, fused: bool) -> None:
+    positions = make().prepare_batch(batch())["masked_positions"]
+    assert positions.shape == (4, 8)
+    mask = batch()["labels"] >= 0
+    assert positions[0].tolist() == [*mask[0].nonzero().flatten().tolist(), *[SEQUENCE] * (8 - int(mask[0].sum()))]
+    (expected,) = ranks.run(fit, 1, partial(make_whole, fused), batch(), {})
+    (actual,) = ranks.run(fit, 1, make_fused if fused else make, batch(), {})
+    assert_same(actual, expected)
 
 
 @pytest.mark.parametrize("kind", ["regression", "classes", "multi_label"])

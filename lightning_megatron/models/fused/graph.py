@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,19 +26,24 @@ WARM_UP = 3
 
 
 class _Capture:
-    """The stream and the memory that all captures of a process share."""
+    """The stream and the memory that all captures of a process share.
+
+    The memory lives as long as one of its graphs; a model that comes after another is gone needs a new pool.
+    """
 
     stream: torch.cuda.Stream | None = None
     pool: Any = None
+    graphs: ClassVar[weakref.WeakSet[torch.cuda.CUDAGraph]] = weakref.WeakSet()
 
     @classmethod
     def run(cls, function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """Record what ``function`` launches, without running it."""
-        if cls.stream is None:
+        cls.stream = cls.stream or torch.cuda.Stream()
+        if not cls.graphs:
             # The graphs cannot use memory that the steps before have left cached.
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
-            cls.stream, cls.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+            cls.pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream()
         cls.stream.wait_stream(current)
@@ -50,6 +55,7 @@ class _Capture:
             finally:
                 graph.capture_end()
         current.wait_stream(cls.stream)
+        cls.graphs.add(graph)
         return graph, result
 
 

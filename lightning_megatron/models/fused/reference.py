@@ -45,8 +45,8 @@ def norm_backward(
     """Gradient of ``norm_forward`` plus the gradient that reached ``x`` on the residual path.
 
     Returns:
-        ``dx``; float32 column sums ``[3, partial, hidden]`` for the weight, the bias, and of ``dx`` itself (the
-        gradient of a bias that was added to ``x`` before); and the output again if asked for.
+        ``dx``; float32 column sums ``[3, partial, hidden]`` for the weight, the bias (of LayerNorm only), and of ``dx``
+        itself (the gradient of a bias that was added to ``x`` before); and the output again if asked for.
     """
     normalised = (x.float() - mean[:, None]) * rstd[:, None]
     gradient = dy.float()

@@ -1,0 +1,41 @@
+"""Attention with position biases in cuDNN against scaled dot product attention with the tensor of all pairs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lightning_megatron.models import cudnn_attention
+from lightning_megatron.models.attention import Scores
+from lightning_megatron.models.context_parallel import positions
+from lightning_megatron.models.position_bias import alibi_slopes
+
+BATCH, LENGTH, WIDTH = 2, 384, 64
+
+
+def draw(heads: int) -> torch.Tensor:
+    """``[batch, heads, sequence, width]`` in megatron-core's order of memory."""
+    memory = torch.randn(LENGTH, BATCH, heads, WIDTH, device="cuda", dtype=torch.bfloat16)
+    return memory.requires_grad_().permute(1, 2, 0, 3)
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(8, 8), (8, 2), (12, 12)])
+def test_alibi_in_cudnn(heads: int, groups: int) -> None:
+    if cudnn_attention.unavailable() is not None:
+        pytest.skip(cudnn_attention.unavailable())
+    torch.manual_seed(0)
+    q, k, v = draw(heads), draw(groups), draw(groups)
+    out = cudnn_attention.attend(q, k, v, 0.125)
+    assert out is not None
+    place = positions(LENGTH, q.device)
+    bias = Scores(True, place, place, slopes=torch.tensor(alibi_slopes(heads), device="cuda"))
+    exact = [t.detach().float().requires_grad_() for t in (q, k, v)]
+    expected = F.scaled_dot_product_attention(
+        *exact, attn_mask=bias.materialise(torch.float32), scale=0.125, enable_gqa=True
+    )
+    weight = torch.randn_like(expected)
+    ours = (out, *torch.autograd.grad(out, (q, k, v), weight.to(out.dtype)))
+    theirs = (expected, *torch.autograd.grad(expected, exact, weight))
+    for here, there in zip(ours, theirs, strict=True):
+        assert (here.float() - there).norm() / there.norm() < 5e-3
