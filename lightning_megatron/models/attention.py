@@ -25,9 +25,10 @@ from lightning_megatron.backends.core import (
     divide,
     tensor_parallel,
 )
-from lightning_megatron.models import cudnn_attention, flex
+from lightning_megatron.models import cudnn_attention, flex, shared_bias
 from lightning_megatron.models.context_parallel import positions, zigzag_order, zigzag_positions
 from lightning_megatron.models.position_bias import alibi_slopes
+from lightning_megatron.models.shared_bias import SharedBias
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 
@@ -141,7 +142,7 @@ class SDPACoreAttention(CoreModule):
         value: Tensor,
         attention_mask: Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
-        attention_bias: Tensor | None = None,
+        attention_bias: Tensor | SharedBias | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
         """Attend.
@@ -154,7 +155,8 @@ class SDPACoreAttention(CoreModule):
                 beyond. Padding is a document of its own.
             attn_mask_type: overrides the type given to the constructor.
             attention_bias: added to the scaled scores: broadcastable to ``[batch, heads, query, key]``, or
-                ``[heads, 2 * length - 1]`` by distance (see ``position_bias``).
+                ``[heads, 2 * length - 1]`` by distance (see ``position_bias``); or one that layers share, whose mask
+                can hide keys only.
 
         Returns:
             ``[query_sequence, batch, heads * head_size]``
@@ -165,6 +167,10 @@ class SDPACoreAttention(CoreModule):
         if packed_seq_params is not None:
             raise ValueError("Packed sequences need document boundaries given as a mask here, not packed_seq_params.")
         causal = (attn_mask_type if attn_mask_type is not None else self.attn_mask_type) in _CAUSAL
+        if isinstance(attention_bias, SharedBias):
+            q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+            rule = shared_bias.Rule(causal=causal, scale=self.softmax_scale, hidden=attention_mask)
+            return self._joined(shared_bias.attend(q, k, v, attention_bias, rule))
         if self.context_group is not None:
             return self._across_ranks(query, key, value, attention_mask, attention_bias, causal)
         queries, keys = query.size(0), key.size(0)
@@ -248,7 +254,11 @@ class SDPACoreAttention(CoreModule):
                     scale=self.softmax_scale,
                     enable_gqa=q.size(1) != k.size(1),
                 )
-        return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), self.hidden_size_per_partition)
+        return self._joined(out)
+
+    def _joined(self, out: Tensor) -> Tensor:
+        """``[batch, heads, sequence, head_size]`` to ``[sequence, batch, heads * head_size]``."""
+        return out.permute(2, 0, 1, 3).reshape(out.size(2), out.size(0), self.hidden_size_per_partition)
 
     def _cudnn_knows(self, scores: Scores, dropout: float, in_order: bool) -> bool:
         """Whether this is causal ALiBi and nothing else, with the slopes of all heads on this rank."""

@@ -16,6 +16,7 @@ from lightning_megatron.backends.core import (
     divide,
     make_sharded_tensors_for_checkpoint,
 )
+from lightning_megatron.models.shared_bias import SharedBias
 
 # A bias that depends on the distance between key and query alone is kept as one row per head,
 # `[heads, 2 * length - 1]`, whose middle column is distance zero; attention looks distances up in it.
@@ -101,6 +102,7 @@ class RelativePositionBias(CoreModule):
             self.weight.shared_embedding = True  # type: ignore[attr-defined]
             self.weight.shared = not canonical  # type: ignore[attr-defined]
         self._buckets: Tensor | None = None
+        self._shared: SharedBias | None = None
         self._groups, self._canonical = groups, canonical
 
     def sharded_state_dict(
@@ -120,8 +122,31 @@ class RelativePositionBias(CoreModule):
             shard.replica_id = (0 if self._canonical else 1, *shard.replica_id[1:])
         return state
 
+    def shared(self, length: int, dtype: torch.dtype) -> SharedBias:
+        """The bias of the weight as it is now, which layers add without asking autograd for its gradient."""
+        heads, device = self.weight.size(1), self.weight.device
+        kept = self._shared
+        if kept is None or (kept.length, kept.scores.dtype, kept.scores.device) != (length, dtype, device):
+            kept = self._shared = SharedBias(heads, length, dtype, device)
+        with torch.no_grad():
+            kept.fill(self.rows(length))
+        return kept
+
+    def weight_gradient(self, rows: Tensor) -> Tensor:
+        """The gradient of the weight from one of ``[heads, 2 * length - 1]`` biases."""
+        buckets = self._buckets_of((rows.size(1) + 1) // 2)
+        summed = rows.new_zeros(self.num_buckets, len(rows)).index_add_(0, buckets, rows.t())
+        return summed.to(self.weight.dtype)
+
     def forward(self, length: int) -> Tensor:
         """``[heads, 2 * length - 1]`` for sequences of up to ``length`` tokens."""
+        return self.rows(length)
+
+    def rows(self, length: int) -> Tensor:
+        """See :meth:`forward`."""
+        return F.embedding(self._buckets_of(length), self.weight).t().contiguous()
+
+    def _buckets_of(self, length: int) -> Tensor:
         if self._buckets is None or self._buckets.size(0) != 2 * length - 1:
             buckets = relative_buckets(
                 length,
@@ -130,4 +155,4 @@ class RelativePositionBias(CoreModule):
                 max_distance=self.max_distance,
             )
             self._buckets = buckets.to(self.weight.device)
-        return F.embedding(self._buckets, self.weight).t().contiguous()
+        return self._buckets

@@ -76,6 +76,14 @@ class SeededFusedLayer(SeededTransformerLayer, FusedTransformerLayer):
     """The same weights, run as fused blocks."""
 
 
+class FusedT5Layer(SeededFusedLayer):
+    """A layer of T5 run as fused blocks, whose MLP drops out between its activation and its output."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        self.inner_dropout = config.hidden_dropout
+        super().__init__(config, *args, **kwargs)
+
+
 class PostNormLayer(SeededTransformerLayer):
     """A layer whose norms come after its residuals, as the original BERT has it (arXiv:1810.04805)."""
 

@@ -26,9 +26,18 @@ from lightning_megatron.backends.core import (
     tensor_parallel,
 )
 from lightning_megatron.backends.core import TransformerConfig as CoreConfig
+from lightning_megatron.models import shared_bias
 from lightning_megatron.models.config import T5Config
+from lightning_megatron.models.fused import FusedLoss, TensorParallel
 from lightning_megatron.models.position_bias import RelativePositionBias
-from lightning_megatron.models.specs import SeededTransformerLayer, TorchNorm, layer_seed, t5_layer_submodules
+from lightning_megatron.models.shared_bias import SharedBias
+from lightning_megatron.models.specs import (
+    FusedT5Layer,
+    SeededTransformerLayer,
+    TorchNorm,
+    layer_seed,
+    t5_layer_submodules,
+)
 from lightning_megatron.models.transformer_config import BuildContext, Stage, transformer_config
 from lightning_megatron.models.vocabulary import VocabularyLoss
 
@@ -54,13 +63,22 @@ class T5Stack(torch.nn.Module):
     """The layers of the encoder, or of the decoder, that one chunk holds, with the norm after the last of all."""
 
     def __init__(
-        self, config: CoreConfig, context: BuildContext, *, decoder: bool, layers: range, total: int, offset: int
+        self,
+        config: CoreConfig,
+        context: BuildContext,
+        *,
+        decoder: bool,
+        layers: range,
+        total: int,
+        offset: int,
+        fused: bool,
     ) -> None:
         super().__init__()
         self.total, self.first, self.tp_group = total, layers.start, context.groups.tp
         submodules = t5_layer_submodules(decoder=decoder)
+        build = FusedT5Layer if fused else SeededTransformerLayer
         self.layers = torch.nn.ModuleList(
-            SeededTransformerLayer(
+            build(
                 config,
                 submodules,
                 offset + index + 1,  # numbers count both stacks, so that seeds differ
@@ -94,7 +112,9 @@ class T5Stack(torch.nn.Module):
 class T5Chunk(VocabularyLoss):
     """One chunk of a T5: all of it, or the layers of one (virtual) pipeline stage."""
 
-    def __init__(self, config: T5Config, core_config: CoreConfig, context: BuildContext, stage: Stage) -> None:
+    def __init__(
+        self, config: T5Config, core_config: CoreConfig, context: BuildContext, stage: Stage, *, fused: bool = False
+    ) -> None:
         super().__init__(config=core_config, pg_collection=context.groups)
         self.model_type = ModelType.encoder_or_decoder
         self.model_config = config
@@ -122,6 +142,7 @@ class T5Chunk(VocabularyLoss):
             layers=range(min(first, encoder), min(last, encoder)),
             total=encoder,
             offset=0,
+            fused=fused,
         )
         self.decoder = T5Stack(
             core_config,
@@ -130,6 +151,7 @@ class T5Chunk(VocabularyLoss):
             layers=range(max(first - encoder, 0), max(last - encoder, 0)),
             total=decoder,
             offset=encoder,
+            fused=fused,
         )
         self.encoder_position_bias = self._position_bias(context, bidirectional=True, seed=1)
         self.decoder_position_bias = self._position_bias(context, bidirectional=False, seed=2)
@@ -148,6 +170,11 @@ class T5Chunk(VocabularyLoss):
         if self.pre_process or self.post_process:
             self.setup_embeddings_and_output_layer()
         self.set_vocabulary(config, context)
+        self._fused_loss: FusedLoss | None = None
+        if fused:
+            ranks = context.groups.tp.size()
+            parallel = TensorParallel(context.groups.tp, ranks, context.layout.sequence_parallel)
+            self._fused_loss = FusedLoss(config.vocab_size, padded, parallel)
 
     def _position_bias(self, context: BuildContext, *, bidirectional: bool, seed: int) -> RelativePositionBias | None:
         if self.model_config.position_embedding_type != "relative":
@@ -199,23 +226,33 @@ class T5Chunk(VocabularyLoss):
         # Under sequence parallelism dropouts between the layers see other tokens on each rank.
         with tensor_parallel.get_cuda_rng_tracker().fork() if self.config.sequence_parallel else nullcontext():
             if len(self.encoder.layers):
-                bias = self.encoder_position_bias
-                encoder = self._run(
-                    self.encoder, encoder, encoder_attn_mask, None if bias is None else bias(lengths[0])
-                )
+                encoder, bias = self._bias(self.encoder_position_bias, encoder, lengths[0])
+                encoder = self._run(self.encoder, encoder, encoder_attn_mask, bias)
             if len(self.decoder.layers):
-                bias = self.decoder_position_bias
+                decoder, bias = self._bias(self.decoder_position_bias, decoder, lengths[1])
                 decoder = self._run(
                     self.decoder,
                     decoder,
                     decoder_attn_mask,
-                    None if bias is None else bias(lengths[1]),
+                    bias,
                     context=encoder,
                     context_mask=encoder_decoder_attn_mask,
                 )
         if not self.post_process:
             return torch.cat([encoder, decoder])
         return self._head(decoder, lm_labels)
+
+    def _bias(
+        self, table: RelativePositionBias | None, states: Tensor, length: int
+    ) -> tuple[Tensor, Tensor | SharedBias | None]:
+        """What layers add to scores, and the states that enter the first of them."""
+        if table is None:
+            return states, None
+        drops = self.training and self.config.attention_dropout > 0.0
+        if self._fused_loss is None or drops or not shared_bias.usable(states, self.model_config.head_size):
+            return states, table(length)
+        bias = table.shared(length, states.dtype)
+        return shared_bias.gather_gradient(states, table, bias), bias
 
     def _embed(self, tokens: Tensor) -> Tensor:
         positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
@@ -226,7 +263,7 @@ class T5Chunk(VocabularyLoss):
         stack: T5Stack,
         states: Tensor,
         mask: Tensor | None,
-        bias: Tensor | None,
+        bias: Tensor | SharedBias | None,
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
     ) -> Tensor:
@@ -236,7 +273,11 @@ class T5Chunk(VocabularyLoss):
             # All tensors that need gradients are arguments, not captured: a captured one would get none from the
             # recomputation.
             def run(
-                states: Tensor, bias: Tensor | None, context: Tensor | None, *, layer: torch.nn.Module = layer
+                states: Tensor,
+                bias: Tensor | SharedBias | None,
+                context: Tensor | None,
+                *,
+                layer: torch.nn.Module = layer,
             ) -> Tensor:
                 output, _ = layer(
                     hidden_states=states,
@@ -261,6 +302,10 @@ class T5Chunk(VocabularyLoss):
             states = states * self.model_config.hidden_size**-0.5
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else None
+        if labels is not None and self._fused_loss is not None and self.kept_logits is None:
+            return self._fused_loss(
+                hidden_states=states, output_layer=self.output_layer, output_weight=weight, labels=labels
+            )
         logits, _ = self.output_layer(states, weight=weight)
         if labels is None:
             return logits.transpose(0, 1).contiguous()

@@ -40,6 +40,8 @@ class T5Module(LanguageModelModule):
 
     data_on_every_stage = True  # every layer needs the padding mask
     config_type = T5Config
+    fused: bool | None = None
+    """Run layers and loss as fused kernels (:mod:`lightning_megatron.models.fused`); ``None`` means on CUDA."""
     config: T5Config
 
     def __init__(
@@ -52,7 +54,8 @@ class T5Module(LanguageModelModule):
     def build_chunks(self, context: BuildContext) -> list[torch.nn.Module]:
         self.check_layout(context)
         core_config = t5_core_config(self.config, context)
-        return [T5Chunk(self.config, core_config, context, stage) for stage in context.stages]
+        fused = self.runs_fused(self.fused, context)
+        return [T5Chunk(self.config, core_config, context, stage, fused=fused) for stage in context.stages]
 
     @override
     def forward_step(self, chunk: torch.nn.Module, microbatch: dict[str, Any]) -> Tensor:

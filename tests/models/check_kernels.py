@@ -9,7 +9,7 @@ import os
 import torch
 from triton.runtime import interpreter
 
-from lightning_megatron.models.fused import reference, triton_rows, triton_tiles
+from lightning_megatron.models.fused import bias_gradient, reference, triton_rows, triton_tiles
 from lightning_megatron.models.fused.types import Activation, Dropout, HeadLayout, Norm, Rotary
 
 patch = interpreter._patch_lang_tensor
@@ -133,4 +133,28 @@ for count, missing in ((3, None), (3, 1), (1, None), (3, 2)):
     reference.accumulate_sums(sums, expected)
     for a, e in zip(actual, expected, strict=True):
         close(a, e)
+for causal, with_hidden in itertools.product((False, True), repeat=2) if device == "cpu" else ():
+    batch, heads, length, width = 3, 2, 70, 24
+    q, k, v = (draw(length, batch, heads, width).permute(1, 2, 0, 3) for _ in range(3))
+    bias = draw(1, heads, length, 72)[..., :length].requires_grad_()
+    hidden = torch.rand(batch, 1, 1, length, generator=generator) < 0.2 if with_hidden else None
+    scores = q @ k.transpose(-1, -2) * 0.3 + bias
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, -torch.inf)
+    if causal:
+        scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -torch.inf)
+        scores[:, :, 0, 0] = 0.0  # the first query sees something
+    log_sum = scores.logsumexp(-1, keepdim=True)
+    out = scores.softmax(-1) @ v
+    gradient = draw(batch, heads, length, width)
+    (expected,) = torch.autograd.grad(out, bias, gradient)
+    total = torch.ones(heads, length, 2 * length - 1)
+    arguments = (q, k, v, out.detach(), gradient)
+    bias_gradient.add(total, bias.detach(), arguments, log_sum.detach(), hidden, 0.3, causal)
+    columns = torch.arange(length)[None, :] - torch.arange(length)[:, None] + length - 1
+    actual = total.gather(2, columns.expand(heads, -1, -1)) - 1
+    if causal:
+        actual[:, 0, 0] = expected[0, :, 0, 0] = 0.0
+    close(actual, expected[0], 1e-4)
+    assert (total != 1).sum() <= heads * length * length
 print("ok")

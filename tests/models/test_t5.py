@@ -10,6 +10,7 @@ import torch
 
 import lightning_megatron as lm
 from lightning_megatron.models.config import T5Config
+from lightning_megatron.models.fused import FusedTransformerLayer
 from lightning_megatron.models.t5_module import T5Module
 from tests.helpers import quiet_trainer
 from tests.models.runs import Batch, assert_same, evaluate, fit, strategy
@@ -90,6 +91,58 @@ def test_layouts_agree(ranks: RankPool, config: dict[str, Any], layouts: list[tu
     for world, layout in layouts:
         for run in ranks.run(fit, world, build, batch(), layout):
             assert_same(run, reference)
+
+
+def make_fused(**changes: Any) -> T5Module:
+    module = make(**changes)
+    module.fused = True
+    return module
+
+
+@pytest.mark.parametrize(
+    ("config", "padded"), [({}, True), (V1_1 | {"init_method_std": 0.05}, False), (MEGATRON, True)]
+)
+def test_fused_layers_and_loss_equal_unfused(ranks: RankPool, config: dict[str, Any], padded: bool) -> None:
+    given = batch()
+    if not padded:
+        given["attention_mask"] = torch.ones_like(given["attention_mask"])
+    (reference,) = ranks.run(fit, 1, partial(make, **config), given, {})
+    for world, layout in [(1, {"mbs": 2}), (2, {"tp": 2, "sp": True}), (2, {"pp": 2, "mbs": 1})]:
+        for run in ranks.run(fit, world, partial(make_fused, **config), given, layout):
+            assert_same(run, reference)
+
+
+def _slopes() -> list[tuple[float, float]]:
+    """How the fused decoder's output changes along random directions: by its gradient, and by two evaluations."""
+    module = make_fused(hidden_dropout=0.3)
+    quiet_trainer(strategy(), 1).predict(module, [])
+    layer = module.chunks[0].decoder.layers[0].train()
+    assert isinstance(layer, FusedTransformerLayer)
+    bias = module.chunks[0].decoder_position_bias.shared(6, torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(length, 2, 32, generator=generator).requires_grad_() for length in (6, 9)]
+    weight = torch.randn(6, 2, 32, generator=generator)
+
+    def value(states: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(1)
+        return (layer(states, context=context, attention_bias=bias)[0] * weight).sum()
+
+    gradients = torch.autograd.grad(value(*inputs), inputs)
+    results = []
+    for index, gradient in enumerate(gradients):
+        direction = torch.randn(gradient.shape, generator=generator)
+        with torch.no_grad():
+            above, below = [x.clone() for x in inputs], [x.clone() for x in inputs]
+            above[index] += 1e-3 * direction
+            below[index] -= 1e-3 * direction
+            slope = (value(*above) - value(*below)) / 2e-3
+        results.append((float((gradient * direction).sum()), float(slope)))
+    return results
+
+
+def test_fused_dropouts_are_the_same_forward_and_backward(ranks: RankPool) -> None:
+    for by_gradient, by_values in ranks.run(_slopes, 1)[0]:
+        assert by_gradient == pytest.approx(by_values, rel=5e-3)
 
 
 def test_recompute_changes_nothing(ranks: RankPool) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lightning_megatron.models.fused import ops
 from lightning_megatron.models.fused.linear import TensorParallel, WeightGradients, column_gradients
@@ -33,11 +34,56 @@ class LayerPlan:
     parallel: TensorParallel
     rotary_interleaved: bool
     hidden_dropout: float
+    inner_dropout: float
+    """Of the MLP between its activation and its output, which T5 has."""
     keep_norm_outputs: bool
 
     def heads(self, tokens: int, batch: int) -> HeadLayout:
         """The layout of the projection's output for this many tokens."""
         return HeadLayout(tokens // batch, batch, self.groups, self.queries_per_group, self.head_width)
+
+    def hidden(self, seed: Tensor | None, stream: int) -> Dropout:
+        """A dropout of hidden states; ``seed=None`` drops nothing."""
+        return Dropout(0.0 if seed is None else self.hidden_dropout, seed, stream)
+
+    def inner(self, seed: Tensor | None) -> Dropout:
+        """The dropout inside the MLP, whose width is split over ranks: each drops other units."""
+        rank = 0 if self.parallel.group is None else self.parallel.group.rank()
+        return Dropout(0.0 if seed is None else self.inner_dropout, seed, 3 + rank)
+
+
+def projection_gradients(
+    dmiddle: Tensor,
+    sums: Tensor,
+    norm: tuple[Tensor, Tensor | None],
+    attention: Tensor,
+    projection: tuple[Tensor, Tensor | None],
+    dropout: Dropout,
+    parallel: TensorParallel,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The backward of an attention's output projection, dropout and residual, before the norm that follows them.
+
+    Args:
+        dmiddle: gradient of the sum, ``[tokens, hidden]``
+        sums: the column sums that the norm's backward added up
+        norm: its weight and bias
+        attention: what was projected, ``[tokens, width]``
+        projection: its weight and bias
+
+    Returns:
+        The gradients of the attention's output, and of the projection's and the norm's weight and bias.
+    """
+    weight, bias = projection
+    # Without dropout, the column sums that the norm's backward added up are the projection's bias gradient.
+    direct_bias = None if dropout.probability else bias
+    dnorm_weight, dnorm_bias, dbias = column_gradients(sums, [*norm, direct_bias])
+    dprojected = dmiddle
+    if dropout.probability:
+        dprojected, sums = ops.add_backward(dmiddle, dropout)
+        dbias = column_gradients(sums, [bias])[0]
+    dprojected = parallel.enter(dprojected)
+    dattention = dprojected.mm(weight)
+    return dattention, WeightGradients().add(dprojected, attention, weight), dbias, dnorm_weight, dnorm_bias
 
 
 class AttentionInput(torch.autograd.Function):
@@ -106,21 +152,20 @@ class AttentionOutputAndMLP(torch.autograd.Function):
         fc2_bias, seed, plan: LayerPlan,
     ):  # fmt: skip
         parallel, linear = plan.parallel, torch.nn.functional.linear
-        probability = 0.0 if seed is None else plan.hidden_dropout
-        first, second = Dropout(probability, seed, 0), Dropout(probability, seed, 1)
+        first, second, within = plan.hidden(seed, 0), plan.hidden(seed, 1), plan.inner(seed)
         attention_rows = attention.reshape(-1, attention.size(-1))
         projected = parallel.leave(linear(attention_rows, proj_weight))
         middle, y, mean, rstd = ops.add_norm_forward(
             residual, projected, proj_bias, first, norm_weight, norm_bias, plan.norm
         )
         inner = linear(parallel.enter(y), fc1_weight, fc1_bias)
-        active = ops.activation_forward(inner, plan.activation)
+        active = ops.drop(ops.activation_forward(inner, plan.activation), within)
         out = ops.add_forward(middle, parallel.leave(linear(active, fc2_weight)), fc2_bias, second)
         ctx.save_for_backward(attention_rows, middle, mean, rstd, y if plan.keep_norm_outputs else None, inner, active)
         ctx.parameters = (
             proj_weight, proj_bias, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias
         )  # fmt: skip
-        ctx.plan, ctx.dropouts, ctx.attention_shape = plan, (first, second), attention.shape
+        ctx.plan, ctx.dropouts, ctx.attention_shape = plan, (first, second, within), attention.shape
         return out
 
     @staticmethod
@@ -129,7 +174,7 @@ class AttentionOutputAndMLP(torch.autograd.Function):
         proj_weight, proj_bias, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias = ctx.parameters
         plan: LayerPlan = ctx.plan
         parallel = plan.parallel
-        first, second = ctx.dropouts
+        first, second, within = ctx.dropouts
         dout = dout.contiguous().view(-1, dout.size(-1))
 
         weights = WeightGradients()
@@ -139,7 +184,7 @@ class AttentionOutputAndMLP(torch.autograd.Function):
             dmlp, sums = ops.add_backward(dout, second)
             dbias2 = column_gradients(sums, [fc2_bias])[0]
         dmlp = parallel.enter(dmlp)
-        dactive = dmlp.mm(fc2_weight)
+        dactive = ops.drop(dmlp.mm(fc2_weight), within)
         dweight2 = weights.add(dmlp, active, fc2_weight)
         dinner, sums = ops.activation_backward(dactive, inner, plan.activation)
         dbias1 = None if fc1_bias is None else column_gradients(sums, [fc1_bias])[0]
@@ -152,17 +197,9 @@ class AttentionOutputAndMLP(torch.autograd.Function):
         )
         if y_again is not None:
             dweight1 = weights.add(dinner, parallel.enter(y_again), fc1_weight)
-
-        # Without dropout, the column sums that the norm's backward added up are the projection's bias gradient.
-        direct_bias = None if first.probability else proj_bias
-        dnorm_weight, dnorm_bias, dproj_bias = column_gradients(sums, [norm_weight, norm_bias, direct_bias])
-        dprojected = dmiddle
-        if first.probability:
-            dprojected, sums = ops.add_backward(dmiddle, first)
-            dproj_bias = column_gradients(sums, [proj_bias])[0]
-        dprojected = parallel.enter(dprojected)
-        dattention = dprojected.mm(proj_weight)
-        dproj_weight = weights.add(dprojected, attention, proj_weight)
+        dattention, dproj_weight, dproj_bias, dnorm_weight, dnorm_bias = projection_gradients(
+            dmiddle, sums, (norm_weight, norm_bias), attention, (proj_weight, proj_bias), first, parallel
+        )
         return (
             dmiddle.view(middle.shape), dattention.view(ctx.attention_shape), dproj_weight, dproj_bias, dnorm_weight,
             dnorm_bias, dweight1, dbias1, dweight2, dbias2, None, None,

@@ -7,7 +7,8 @@ share one memory pool. That is safe because they run in the order in which they 
 the last and backward from the last to the first; a call that would break this order (a second forward before the
 backward of the first, another shape, no gradient wanted) runs without graphs.
 
-The input of a layer is the output of the layer before, at a fixed address, so only the first one's is copied.
+The input of a layer is the output of the layer before, at a fixed address, so only the first one's is copied. What
+the layers of a decoder attend to is copied for each.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class _Capture:
     graphs: ClassVar[weakref.WeakSet[torch.cuda.CUDAGraph]] = weakref.WeakSet()
 
     @classmethod
-    def run(cls, function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def run[Result](cls, function: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
         """Record what ``function`` launches, without running it."""
         cls.stream = cls.stream or torch.cuda.Stream()
         if not cls.graphs:
@@ -67,12 +68,14 @@ class LayerGraph:
     """Captures and replays one layer.
 
     Args:
-        run: the layer, from ``[sequence, batch, hidden]`` and the dropouts' seed (or ``None``) to the same shape. Its
-            backward must put all gradients but the input's into ``main_grad``.
+        run: the layer, from its inputs ``[sequence, batch, hidden]`` and the dropouts' seed (or ``None``) to the shape
+            of the first. Its backward must put all gradients but the inputs' into ``main_grad``.
         parameters: of the layer.
     """
 
-    def __init__(self, run: Callable[[Tensor, Tensor | None], Tensor], parameters: list[torch.nn.Parameter]) -> None:
+    def __init__(
+        self, run: Callable[[tuple[Tensor, ...], Tensor | None], Tensor], parameters: list[torch.nn.Parameter]
+    ) -> None:
         self._run = run
         self._parameters = parameters
         self._seen = 0
@@ -81,48 +84,53 @@ class LayerGraph:
         self._forward: torch.cuda.CUDAGraph | None = None
         self._backward: torch.cuda.CUDAGraph | None = None
 
-    def __call__(self, x: Tensor, seed: Tensor | None, angles: Tensor | None) -> Tensor | None:
-        """The layer's output, or ``None`` if this call cannot be a replay."""
+    def __call__(self, inputs: tuple[Tensor, ...], seed: Tensor | None, constants: tuple[Tensor, ...]) -> Tensor | None:
+        """The layer's output, or ``None`` if this call cannot be a replay.
+
+        Args:
+            constants: what the layer reads at fixed addresses besides its inputs and parameters.
+        """
         gradients = [main_grad_of(p) for p in self._parameters]
         if any(g is None for g in gradients):
             return None
-        addresses = tuple(t.data_ptr() for t in (*self._parameters, *gradients, angles) if t is not None)
-        key = (x.shape, x.dtype, seed is None, addresses)
+        addresses = tuple(t.data_ptr() for t in (*self._parameters, *gradients, *constants) if t is not None)
+        key = (*((x.shape, x.dtype) for x in inputs), seed is None, addresses)
         if key != self._key:
             if self._forward is not None:
                 return None
             self._key, self._seen = key, 0
         self._seen += 1
         in_flight = self._pending is not None and self._pending() is not None
-        if self._seen <= WARM_UP or in_flight or not x.requires_grad:
+        if self._seen <= WARM_UP or in_flight or not all(x.requires_grad for x in inputs):
             return None
-        return _Replay.apply(x, seed, self, *self._parameters)
+        return _Replay.apply(seed, self, len(inputs), *inputs, *self._parameters)
 
-    def forward(self, x: Tensor, seed: Tensor | None) -> Tensor:
+    def forward(self, inputs: tuple[Tensor, ...], seed: Tensor | None) -> Tensor:
         """Replay (the first time: capture and replay) the forward."""
         if self._forward is None:
-            self._x = x.detach().requires_grad_()
+            self._inputs = tuple(x.detach().requires_grad_() for x in inputs)
             self._seed = None if seed is None else seed.clone()
             with torch.enable_grad():
-                self._forward, self._out = _Capture.run(lambda: self._run(self._x, self._seed))
-        _put(x, self._x)
+                self._forward, self._out = _Capture.run(lambda: self._run(self._inputs, self._seed))
+        for x, place in zip(inputs, self._inputs, strict=True):
+            _put(x, place)
         if seed is not None:
             assert self._seed is not None
             self._seed.copy_(seed)
         self._forward.replay()
         return self._out.detach()
 
-    def backward(self, dout: Tensor) -> Tensor:
+    def backward(self, dout: Tensor) -> tuple[Tensor, ...]:
         """Replay (the first time: capture and replay) the backward."""
         if self._backward is None:
             self._dout = dout.detach().contiguous()
-            self._backward, self._dx = _Capture.run(
-                lambda: torch.autograd.grad(self._out, self._x, grad_outputs=self._dout)[0]
+            self._backward, self._gradients = _Capture.run(
+                lambda: torch.autograd.grad(self._out, self._inputs, grad_outputs=self._dout)
             )
             self._out = self._out.detach()  # the next capture may use the memory of what was kept for this backward
         _put(dout, self._dout)
         self._backward.replay()
-        return self._dx
+        return self._gradients
 
 
 def _put(source: Tensor, place: Tensor) -> None:
@@ -132,14 +140,14 @@ def _put(source: Tensor, place: Tensor) -> None:
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, seed, graph: LayerGraph, *parameters):
-        out = graph.forward(x, seed)
-        ctx.graph, ctx.parameters, ctx.call = graph, parameters, _Call()
+    def forward(ctx, seed, graph: LayerGraph, count: int, *tensors):
+        out = graph.forward(tensors[:count], seed)
+        ctx.graph, ctx.parameters, ctx.call = graph, tensors[count:], _Call()
         graph._pending = weakref.ref(ctx.call)
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        dx = ctx.graph.backward(dout)
+        gradients = ctx.graph.backward(dout)
         ctx.call = None
-        return dx, None, None, *(handed_over(p) for p in ctx.parameters)
+        return None, None, None, *gradients, *(handed_over(p) for p in ctx.parameters)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -10,8 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_megatron.backends.core import ModuleSpec, TransformerConfig, TransformerLayer, tensor_parallel
+from lightning_megatron.backends.core import (
+    IdentityOp,
+    ModuleSpec,
+    TransformerConfig,
+    TransformerLayer,
+    tensor_parallel,
+)
 from lightning_megatron.models.fused.blocks import AttentionInput, AttentionOutputAndMLP, LayerPlan
+from lightning_megatron.models.fused.cross import AttentionOutputAndQuery, KeyValue
 from lightning_megatron.models.fused.graph import LayerGraph
 from lightning_megatron.models.fused.linear import TensorParallel, UnfusedBackward, before_forward
 from lightning_megatron.models.fused.types import Activation, ActivationName, Norm
@@ -86,13 +94,35 @@ def reason_without_graphs(config: TransformerConfig) -> str | None:
     return None
 
 
+@dataclass(frozen=True, slots=True)
+class _Others:
+    """What a layer reads besides its inputs and parameters."""
+
+    mask: Tensor | None = None
+    angles: Tensor | None = None
+    """Of the rotary embedding."""
+    bias: Any = None
+    context_mask: Tensor | None = None
+
+    @property
+    def constants(self) -> tuple[Tensor, ...] | None:
+        """All of it, if it lies at fixed addresses from step to step; masks do not, nor do other biases."""
+        kept = () if self.bias is None else getattr(self.bias, "buffers", None)
+        if self.mask is not None or self.context_mask is not None or kept is None:
+            return None
+        return kept if self.angles is None else (*kept, self.angles)
+
+
 class FusedTransformerLayer(TransformerLayer):
     """megatron-core's layer with another forward and backward.
 
     Modules, parameters, their names and their shards are inherited, so checkpoints, pipeline stages, DDP and activation
     recomputation cannot tell the difference. Calls that the fused blocks do not cover (decoding with a cache, packed
-    sequences, cross attention) and configurations of :func:`reason_not_used` take megatron-core's own path.
+    sequences) and configurations of :func:`reason_not_used` take megatron-core's own path.
     """
+
+    inner_dropout = 0.0
+    """Of the MLP between its activation and its output; T5's layers have one."""
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -122,6 +152,7 @@ class FusedTransformerLayer(TransformerLayer):
             parallel=parallel,
             rotary_interleaved=config.rotary_interleaved,
             hidden_dropout=self.hidden_dropout,
+            inner_dropout=self.inner_dropout,
             keep_norm_outputs=size > 1,
         )
 
@@ -130,22 +161,27 @@ class FusedTransformerLayer(TransformerLayer):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         context: Tensor | None = None,
+        context_mask: Tensor | None = None,
         rotary_pos_emb: Tensor | None = None,
-        attention_bias: Tensor | None = None,
+        attention_bias: Any = None,
         **others: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """``[sequence, batch, hidden]`` to the same shape; the arguments are megatron-core's."""
+        """``[sequence, batch, hidden]`` to the same shape; the arguments are megatron-core's.
+
+        Besides a tensor, ``attention_bias`` may be a :class:`~lightning_megatron.models.shared_bias.SharedBias`.
+        """
         fused = (
             self._plan is not None
-            and context is None
+            and (context is None) == isinstance(self.cross_attention, IdentityOp)
             and not isinstance(rotary_pos_emb, tuple)
-            and all(value is None for name, value in others.items() if name not in ("context_mask", "padding_mask"))
+            and all(value is None for name, value in others.items() if name != "padding_mask")
         )
         if not fused:
             out, context = super().forward(
                 hidden_states,
                 attention_mask=attention_mask,
                 context=context,
+                context_mask=context_mask,
                 rotary_pos_emb=rotary_pos_emb,
                 attention_bias=attention_bias,
                 **others,
@@ -153,51 +189,64 @@ class FusedTransformerLayer(TransformerLayer):
             if torch.is_grad_enabled() and out.requires_grad:
                 out = UnfusedBackward.apply(out, list(self.parameters()))
             return out, context
-        return self._forward_fused(hidden_states, attention_mask, rotary_pos_emb, attention_bias), None
+        inputs = (hidden_states.contiguous(),) if context is None else (hidden_states.contiguous(), context)
+        read = _Others(attention_mask, rotary_pos_emb, attention_bias, context_mask)
+        return self._forward_fused(inputs, read), context
 
-    def _forward_fused(
-        self, x: Tensor, mask: Tensor | None, rotary_pos_emb: Tensor | None, attention_bias: Tensor | None
-    ) -> Tensor:
-        attention, mlp = self.self_attention, self.mlp
-        norms = [self.input_layernorm, self.pre_mlp_layernorm]
-        before_forward([*norms, attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2])
-        x = x.contiguous()
+    def _forward_fused(self, inputs: tuple[Tensor, ...], others: _Others) -> Tensor:
+        before_forward(self._modules_read(len(inputs) > 1))
+        x = inputs[0]
         seed = None
-        if self.training and self.hidden_dropout > 0:
+        if self.training and max(self.hidden_dropout, self.inner_dropout) > 0:
             # From the generator that is active: the same on all tensor-parallel ranks, unless sequence parallelism
             # has forked it, and again the same when megatron-core's checkpointing runs the layer a second time.
             seed = torch.randint(2**31 - 2, (), device=x.device)
-        self._others = (mask, rotary_pos_emb, attention_bias)
+        self._others = others
         try:
-            plain = mask is None and attention_bias is None and self.training and x.is_cuda and torch.is_grad_enabled()
-            if self._graph is not None and plain and not torch.cuda.is_current_stream_capturing():
-                out = self._graph(x, seed, rotary_pos_emb)
+            replays = others.constants is not None and self.training and x.is_cuda and torch.is_grad_enabled()
+            if self._graph is not None and replays and not torch.cuda.is_current_stream_capturing():
+                out = self._graph(inputs, seed, others.constants or ())
                 if out is not None:
                     return out
-            return self._blocks(x, seed)
+            return self._blocks(inputs, seed)
         finally:
-            self._others = (None, None, None)
+            self._others = _Others()
 
-    def _blocks(self, x: Tensor, seed: Tensor | None) -> Tensor:
-        attention, mlp, plan = self.self_attention, self.mlp, self._plan
+    def _modules_read(self, crosses: bool) -> list[torch.nn.Module]:
+        attention, mlp = self.self_attention, self.mlp
+        modules = [self.input_layernorm, attention.linear_qkv, attention.linear_proj]
+        if crosses:
+            cross = self.cross_attention
+            modules += [self.pre_cross_attn_layernorm, cross.linear_q, cross.linear_kv, cross.linear_proj]
+        return [*modules, self.pre_mlp_layernorm, mlp.linear_fc1, mlp.linear_fc2]
+
+    def _blocks(self, inputs: tuple[Tensor, ...], seed: Tensor | None) -> Tensor:
+        attention, mlp, plan, others = self.self_attention, self.mlp, self._plan, self._others
         qkv, proj, fc1, fc2 = attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2
         norm1, norm2 = self.input_layernorm, self.pre_mlp_layernorm
-        mask, angles, attention_bias = self._others
         residual, query, key, value = AttentionInput.apply(
-            x, norm1.weight, _bias(norm1), qkv.weight, qkv.bias, angles, plan
+            inputs[0], norm1.weight, _bias(norm1), qkv.weight, qkv.bias, others.angles, plan
         )
-        attended = self._attend(query, key, value, mask, attention_bias)
+        attended = self._attend(attention, (query, key, value), others.mask, others.bias)
+        if len(inputs) > 1:
+            cross, norm = self.cross_attention, self.pre_cross_attn_layernorm
+            residual, query = AttentionOutputAndQuery.apply(
+                residual, attended, proj.weight, proj.bias, norm.weight, _bias(norm), cross.linear_q.weight,
+                cross.linear_q.bias, seed, plan,
+            )  # fmt: skip
+            key, value = KeyValue.apply(inputs[1], cross.linear_kv.weight, cross.linear_kv.bias, plan)
+            attended = self._attend(cross, (query, key, value), others.context_mask, None)
+            proj = cross.linear_proj
         return AttentionOutputAndMLP.apply(
             residual, attended, proj.weight, proj.bias, norm2.weight, _bias(norm2), fc1.weight, fc1.bias, fc2.weight,
             fc2.bias, seed, plan,
         )  # fmt: skip
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
-        attention = self.self_attention
+    def _attend(self, attention: Any, states: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, bias: Any) -> Tensor:
         run = partial(attention.core_attention, attn_mask_type=attention.attn_mask_type, attention_bias=bias)
         if attention.checkpoint_core_attention and self.training:
-            return tensor_parallel.checkpoint(run, False, query, key, value, mask)
-        return run(query, key, value, mask)
+            return tensor_parallel.checkpoint(run, False, *states, mask)
+        return run(*states, mask)
 
 
 def _bias(norm: torch.nn.Module) -> Tensor | None:

@@ -69,6 +69,11 @@ def add_backward(dy: Tensor, dropout: Dropout) -> tuple[Tensor, Tensor]:
     return (triton_tiles if kernels_run_on(dy) else reference).add_backward(dy, dropout)
 
 
+def drop(x: Tensor, dropout: Dropout) -> Tensor:
+    """``dropout(x)`` of ``[tokens, width]``, which is its own backward."""
+    return add_backward(x, dropout)[0] if dropout.probability else x
+
+
 def activation_forward(x: Tensor, activation: Activation) -> Tensor:
     """See :func:`reference.activation_forward`."""
     return (triton_tiles if kernels_run_on(x) else reference).activation_forward(x, activation)
