@@ -127,7 +127,6 @@ class SDPACoreAttention(CoreModule):
         self.hidden_size_per_partition = divide(config.kv_channels * config.num_attention_heads, groups.tp.size())
         self.softmax_scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
         self.attention_dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        self.holds_all_heads = groups.tp.size() == 1
         self.slopes: Tensor | None = None
         if alibi:
             heads = divide(config.num_attention_heads, groups.tp.size())
@@ -236,8 +235,9 @@ class SDPACoreAttention(CoreModule):
         bias: Tensor | None = None
         is_causal = scores.plain and scores.causal and in_order
         out: Tensor | None = None
-        if self._cudnn_knows(scores, dropout, in_order) and cudnn_attention.usable(q):
-            out = cudnn_attention.attend(q, k, v, self.softmax_scale)
+        slopes = scores.slopes
+        if slopes is not None and _only_slopes(scores) and in_order and dropout == 0.0 and cudnn_attention.usable(q):
+            out = cudnn_attention.attend(q, k, v, slopes, self.softmax_scale)
         if out is None and not is_causal and flex.usable(q, scores, dropout):
             out = flex.attend(q, k, v, scores, self.softmax_scale)
         if out is None:
@@ -260,17 +260,17 @@ class SDPACoreAttention(CoreModule):
         """``[batch, heads, sequence, head_size]`` to ``[sequence, batch, heads * head_size]``."""
         return out.permute(2, 0, 1, 3).reshape(out.size(2), out.size(0), self.hidden_size_per_partition)
 
-    def _cudnn_knows(self, scores: Scores, dropout: float, in_order: bool) -> bool:
-        """Whether this is causal ALiBi and nothing else, with the slopes of all heads on this rank."""
-        only_slopes = scores.slopes is not None and replace(scores, slopes=None).plain
-        return only_slopes and self.holds_all_heads and scores.causal and in_order and dropout == 0.0
-
     def _rng(self, dropout: float) -> AbstractContextManager[None]:
         # Heads are split over tensor-parallel ranks, so each rank draws other dropout masks. Under sequence
         # parallelism the layer has forked the generator already.
         if dropout == 0.0 or self.config.sequence_parallel:
             return nullcontext()
         return tensor_parallel.get_cuda_rng_tracker().fork()
+
+
+def _only_slopes(scores: Scores) -> bool:
+    """Whether this is causal ALiBi and nothing else."""
+    return scores.causal and scores.slopes is not None and replace(scores, slopes=None).plain
 
 
 def _holds_documents(mask: Tensor | None) -> bool:

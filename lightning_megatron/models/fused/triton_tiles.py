@@ -316,6 +316,8 @@ def _accumulate_sums(
     sums, first, second, third, partials, width, MASK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     which = tl.program_id(0)
+    if ((MASK >> which) & 1) == 0:
+        return
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     here = column < width
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -325,12 +327,10 @@ def _accumulate_sums(
         total += tl.load(where, mask=(row < partials)[:, None] & here[None, :], other=0.0)
     result = tl.sum(total, 0)
     if which == 0:
-        if MASK & 1:
-            tl.store(first + column, tl.load(first + column, mask=here) + result, mask=here)
+        tl.store(first + column, tl.load(first + column, mask=here) + result, mask=here)
     elif which == 1:
-        if MASK & 2:
-            tl.store(second + column, tl.load(second + column, mask=here) + result, mask=here)
-    elif MASK & 4:
+        tl.store(second + column, tl.load(second + column, mask=here) + result, mask=here)
+    else:
         tl.store(third + column, tl.load(third + column, mask=here) + result, mask=here)
 
 
