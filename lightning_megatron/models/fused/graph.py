@@ -64,10 +64,17 @@ class LayerGraph:
         run: the layer, from ``[sequence, batch, hidden]`` and the dropouts' seed (or ``None``) to the same shape. Its
             backward must put all gradients but the input's into ``main_grad``.
         parameters: of the layer.
+        before_backward: called before each replay of the backward, for what the graph reads from the device.
     """
 
-    def __init__(self, run: Callable[[Tensor, Tensor | None], Tensor], parameters: list[torch.nn.Parameter]) -> None:
+    def __init__(
+        self,
+        run: Callable[[Tensor, Tensor | None], Tensor],
+        parameters: list[torch.nn.Parameter],
+        before_backward: Callable[[], None] | None = None,
+    ) -> None:
         self._run = run
+        self._before_backward = before_backward
         self._parameters = parameters
         self._seen = 0
         self._key: tuple[object, ...] = ()
@@ -108,6 +115,8 @@ class LayerGraph:
 
     def backward(self, dout: Tensor) -> Tensor:
         """Replay (the first time: capture and replay) the backward."""
+        if self._before_backward is not None:
+            self._before_backward()
         if self._backward is None:
             self._dout = dout.detach().contiguous()
             self._backward, self._dx = _Capture.run(
