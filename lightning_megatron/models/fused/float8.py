@@ -296,8 +296,8 @@ def _product(
         "use_fast_accum": fast,
     }
     if out is None:
-        return torch._scaled_mm(a, b.t(), **arguments)  # type: ignore[arg-type]
-    return torch._scaled_mm(a, b.t(), **arguments, out=out)  # type: ignore[call-overload, no-any-return]
+        return torch._scaled_mm(a, b.t(), **arguments)
+    return torch._scaled_mm(a, b.t(), **arguments, out=out)
 
 
 def check_float8(chunks: Iterable[Module]) -> None:

@@ -112,17 +112,17 @@ class Float8AttentionOutputAndMLP(torch.autograd.Function):
         dout = dout.contiguous().view(-1, dout.size(-1))
 
         dbias2 = None
-        dmlp = dout
+        dadded = dout
         if fc2_bias is not None or second.probability:
-            dmlp, sums = ops.add_backward(dout, second)
+            dadded, sums = ops.add_backward(dout, second)
             dbias2 = column_gradients(sums, [fc2_bias])[0]
-        dmlp = float8_ops.quantize(parallel.enter(dmlp), call.cast(Slot.MLP_GRADIENT))
+        dmlp = float8_ops.quantize(parallel.enter(dadded), call.cast(Slot.MLP_GRADIENT))
         dactive = call.input_gradient(dmlp, Weight.FC2)
         dweight2 = call.weight_gradient(dmlp, active, Slot.ACTIVE, fc2_weight)
-        dinner, sums = float8_ops.activation_backward(
+        dinner, bias_sums = float8_ops.activation_backward(
             dactive, inner, plan.activation, call.cast(Slot.INNER_GRADIENT), fc1_bias is not None
         )
-        dbias1 = None if sums is None or fc1_bias is None else column_gradients(sums, [fc1_bias])[0]
+        dbias1 = None if bias_sums is None or fc1_bias is None else column_gradients(bias_sums, [fc1_bias])[0]
         dy, work = parallel.start_leave(call.input_gradient(dinner, Weight.FC1))
         dweight1 = None
         if y is not None:
@@ -139,11 +139,11 @@ class Float8AttentionOutputAndMLP(torch.autograd.Function):
         # Without dropout, the column sums that the norm's backward added up are the projection's bias gradient.
         direct_bias = None if first.probability else proj_bias
         dnorm_weight, dnorm_bias, dproj_bias = column_gradients(sums, [norm_weight, norm_bias, direct_bias])
-        dprojected = dmiddle
+        dadded = dmiddle
         if first.probability:
-            dprojected, sums = ops.add_backward(dmiddle, first)
+            dadded, sums = ops.add_backward(dmiddle, first)
             dproj_bias = column_gradients(sums, [proj_bias])[0]
-        dprojected = float8_ops.quantize(parallel.enter(dprojected), call.cast(Slot.PROJECTION_GRADIENT))
+        dprojected = float8_ops.quantize(parallel.enter(dadded), call.cast(Slot.PROJECTION_GRADIENT))
         dattention = call.input_gradient(dprojected, Weight.PROJECTION)
         dproj_weight = call.weight_gradient(dprojected, attention, Slot.ATTENTION, proj_weight)
         return (

@@ -187,8 +187,7 @@ class FusedTransformerLayer(TransformerLayer):
             # has forked it, and again the same when megatron-core's checkpointing runs the layer a second time.
             seed = torch.randint(2**31 - 2, (), device=x.device)
         if self.float8 is not None:
-            parallel = self._plan.parallel
-            gathered = parallel.size if parallel.sequence_parallel else 1
+            gathered = self.tp_group.size() if self.config.sequence_parallel else 1
             self.float8.check_tokens(x.size(0) * x.size(1) * gathered)
             self.float8.refresh(self.training)
         self._others = (mask, rotary_pos_emb, attention_bias)
