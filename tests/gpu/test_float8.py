@@ -123,10 +123,15 @@ def demo_model(name: str) -> lm.GPTConfig:
     return lm.GPTConfig(**sizes)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_loss_curve_on_the_demos_corpus_is_within_a_percent_of_bf16(corpus: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("gpt2", lm.Float8()), ("llama", lm.Float8()), ("llama", lm.Float8(fast_accumulation="all"))],
+)
+def test_loss_curve_on_the_demos_corpus_is_within_a_percent_of_bf16(
+    corpus: Path, name: str, options: lm.Float8
+) -> None:
     expected = demo_losses(corpus, demo_model(name), fp8=False)
-    actual = demo_losses(corpus, demo_model(name), fp8=True)
+    actual = demo_losses(corpus, demo_model(name), fp8=options)
     last = slice(STEPS - 20, STEPS)
     difference = float((actual[last].mean() / expected[last].mean() - 1).abs())
     worst = float((actual / expected - 1).abs().max())

@@ -165,6 +165,11 @@ class LayerFloat8:
         """All magnitudes of one micro-batch are known."""
         self._measured_once = True
 
+    @property
+    def is_first(self) -> bool:
+        """Whether no backward is done yet."""
+        return not self._measured_once
+
     def weight(self, index: Weight) -> Quantized:
         """A weight as :meth:`refresh` has last cast it."""
         return self._quantized[index]
@@ -259,8 +264,10 @@ class LayerCall:
         if main_grad is None:
             return product(weight.dtype)
         direct = main_grad.dtype == torch.float32
-        if direct and dy.is_cuda and torch.cuda.is_current_stream_capturing():
-            # One graph for all micro-batches of a step: the device decides.
+        captured = dy.is_cuda and torch.cuda.is_current_stream_capturing()
+        if direct and (captured or (dy.is_cuda and self.layer.is_first and not _has_gradient(weight))):
+            # One graph for all micro-batches of a step: the device decides. The first micro-batch, which has nothing
+            # to add, compiles the kernels, since a capture cannot.
             kept = self.layer.kept_for(main_grad)
             triton_float8.set_aside(main_grad, kept, self.layer.accumulate)
             product(torch.float32, out=main_grad)

@@ -48,7 +48,7 @@ def _norm_forward(
     result = centred * reciprocal * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     if BIAS:
         result += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
-    if LIMIT:
+    if LIMIT > 0:
         result = scaled(result, scale, amax, LIMIT)
     tl.store(y + row * width + columns, result.to(y.dtype.element_ty), mask=inside)
     tl.store(mean + row, average)
@@ -99,7 +99,7 @@ def _add_norm_forward(
     result = centred * reciprocal * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     if BIAS:
         result += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
-    if LIMIT:
+    if LIMIT > 0:
         result = scaled(result, scale, amax, LIMIT)
     tl.store(y + offsets, result.to(y.dtype.element_ty), mask=inside)
     tl.store(mean + row, average)
