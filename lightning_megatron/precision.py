@@ -33,8 +33,8 @@ class Float8:
     """Matrix products of Transformer layers in FP8 (arXiv:2209.05433), with one delayed scale for each tensor.
 
     Weights and activations are E4M3, gradients of activations E5M2 unless changed. Attention, norms, residuals, the
-    embedding and the vocabulary's projection keep the precision they have without it. Scales follow the magnitudes of
-    the last few micro-batches and are exact in the first one, so checkpoints need not hold them.
+    embedding, the vocabulary's projection and decoding keep the precision they have without it. Scales follow the
+    magnitudes of the last few micro-batches and are exact in the first one, so checkpoints need not hold them.
     """
 
     weight_gradients: bool = True
