@@ -20,6 +20,8 @@ from tests.gpu.test_fused import BATCH, ROOT, Batches, Record, config
 STEPS = 200
 SEQUENCE, VOCABULARY = 128, 4096
 """Of recipes/demo.py."""
+LEARNING_RATE = 1e-3
+"""Half of the demo's, at which the GPT-2 is so unsteady that bf16 leaves fp32 by 0.8%."""
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +102,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def demo_losses(directory: Path, model: lm.GPTConfig, fp8: bool | lm.Float8) -> torch.Tensor:
-    """Of ``STEPS`` steps with the demo's data and learning rate."""
+    """Of ``STEPS`` steps on the demo's data."""
     data = PretrainingData(
         str(directory / "corpus"),
         seq_length=SEQUENCE,
@@ -109,7 +111,9 @@ def demo_losses(directory: Path, model: lm.GPTConfig, fp8: bool | lm.Float8) -> 
         split="950,50,0",
         num_workers=0,
     )
-    optimizer = lm.OptimizerConfig(lr=2e-3, min_lr=2e-4, lr_warmup_steps=STEPS // 20, lr_decay_steps=STEPS)
+    optimizer = lm.OptimizerConfig(
+        lr=LEARNING_RATE, min_lr=LEARNING_RATE / 10, lr_warmup_steps=STEPS // 20, lr_decay_steps=STEPS
+    )
     module = lm.GPTModule(model, optimizer)
     module.fused = True
     return fit(module, data, fp8, STEPS)[0]

@@ -206,30 +206,20 @@ class FusedTransformerLayer(TransformerLayer):
         qkv, proj, fc1, fc2 = attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2
         norm1, norm2 = self.input_layernorm, self.pre_mlp_layernorm
         mask, angles, attention_bias = self._others
+        begins: Any = AttentionInput
+        ends: Any = AttentionOutputAndMLP
+        calls: tuple[LayerCall, ...] = ()
         if self.float8 is not None:
-            return self._float8_blocks(x, seed, self.float8.begin(self.training))
-        residual, query, key, value = AttentionInput.apply(
-            x, norm1.weight, _bias(norm1), qkv.weight, qkv.bias, angles, plan
+            begins, ends, calls = Float8AttentionInput, Float8AttentionOutputAndMLP, (self.float8.begin(self.training),)
+        residual, query, key, value = begins.apply(
+            x, norm1.weight, _bias(norm1), qkv.weight, qkv.bias, angles, plan, *calls
         )
         attended = self._attend(query, key, value, mask, attention_bias)
-        return AttentionOutputAndMLP.apply(
+        out: Tensor = ends.apply(
             residual, attended, proj.weight, proj.bias, norm2.weight, _bias(norm2), fc1.weight, fc1.bias, fc2.weight,
-            fc2.bias, seed, plan,
+            fc2.bias, seed, plan, *calls,
         )  # fmt: skip
-
-    def _float8_blocks(self, x: Tensor, seed: Tensor | None, call: LayerCall) -> Tensor:
-        attention, mlp, plan = self.self_attention, self.mlp, self._plan
-        qkv, proj, fc1, fc2 = attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2
-        norm1, norm2 = self.input_layernorm, self.pre_mlp_layernorm
-        mask, angles, attention_bias = self._others
-        residual, query, key, value = Float8AttentionInput.apply(
-            x, norm1.weight, _bias(norm1), qkv.weight, qkv.bias, angles, plan, call
-        )
-        attended = self._attend(query, key, value, mask, attention_bias)
-        return Float8AttentionOutputAndMLP.apply(
-            residual, attended, proj.weight, proj.bias, norm2.weight, _bias(norm2), fc1.weight, fc1.bias, fc2.weight,
-            fc2.bias, seed, plan, call,
-        )  # fmt: skip
+        return out
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
         attention = self.self_attention
