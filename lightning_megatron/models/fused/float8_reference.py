@@ -19,7 +19,7 @@ def scale_for(amax: Tensor, dtype: torch.dtype) -> Tensor:
     1 where nothing is known: ``amax`` is zero or not finite.
     """
     _, exponent = torch.frexp(torch.finfo(dtype).max / amax.clamp(min=1e-30))  # of a mantissa in [0.5, 1)
-    scale = torch.ldexp(torch.ones_like(amax), (exponent - 1).clamp(-64, 64))
+    scale = (((exponent - 1).clamp(-64, 64) + 127) << 23).view(torch.float32)  # the exponent's bits: exact everywhere
     return scale.where((amax > 0) & amax.isfinite(), 1.0)
 
 
