@@ -30,6 +30,12 @@ WARM_UP = 6
 PROFILED = 5
 """Steps, one of which is logged. They begin with an idle device, which the first of them fills."""
 VARIANTS = ("ours", "unfused", "nano", "huggingface")
+FLOAT8: dict[str, dict[str, Any]] = {
+    "ours-fp8": {},
+    "ours-fp8-fast": {"fast_accumulation": "all"},
+    "ours-fp8-wgrad16": {"weight_gradients": False},
+}
+"""Options of FP8 by variant. MFU stays against the peak of 16 bits."""
 
 
 class RandomTokens:
@@ -114,7 +120,7 @@ def _kernel_times(profiler: Any, steps: int) -> dict[str, Any]:
     }
 
 
-def run_ours(workload: Workload, batch: int, steps: int, clock: Clock, *, fused: bool) -> list[float]:
+def run_ours(workload: Workload, batch: int, steps: int, clock: Clock, variant: str) -> list[float]:
     """Through the Trainer, with logging, as a user would. Returns the losses."""
     import lightning as pl
     from lightning.pytorch.loggers import CSVLogger
@@ -129,12 +135,13 @@ def run_ours(workload: Workload, batch: int, steps: int, clock: Clock, *, fused:
             clock.step_done()
 
     module = workload.module()
-    module.fused = fused
+    module.fused = variant != "unfused"
+    fp8 = lm.Float8(**FLOAT8[variant]) if variant in FLOAT8 else False
     trainer = pl.Trainer(
         accelerator="gpu",
         devices=1,
         strategy=lm.MegatronStrategy(micro_batch_size=batch),
-        precision="bf16-mixed",
+        plugins=[lm.MegatronPrecision("bf16-mixed", fp8=fp8)],
         max_steps=steps,
         logger=CSVLogger(os.environ.get("TMPDIR", "/tmp")),
         log_every_n_steps=5,
@@ -167,8 +174,8 @@ def measure(variant: str, model: str, batch: int, steps: int, profile: bool) -> 
     workload = WORKLOADS[model]()
     clock = Clock(steps - PROFILED - 1 if profile else None)
     began = time.time()
-    if variant in ("ours", "unfused"):
-        losses = run_ours(workload, batch, steps, clock, fused=variant == "ours")
+    if variant in ("ours", "unfused", *FLOAT8):
+        losses = run_ours(workload, batch, steps, clock, variant)
     else:
         losses = run_peer(workload, batch, steps, clock, variant)
     times = clock.times()
@@ -205,7 +212,7 @@ def _versions() -> dict[str, str]:
 def main() -> None:
     """Run the variants one after another."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=(*VARIANTS, *FLOAT8))
     parser.add_argument("--batches", nargs="+", type=int, default=[8, 24])
     parser.add_argument("--model", default="gpt2-large", choices=tuple(WORKLOADS))
     parser.add_argument("--steps", type=int, default=20)

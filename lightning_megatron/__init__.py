@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from lightning_megatron.models.t5_module import T5Module as T5Module
     from lightning_megatron.module import MegatronModule as MegatronModule
     from lightning_megatron.optim.config import OptimizerConfig as OptimizerConfig
+    from lightning_megatron.precision import Float8 as Float8
     from lightning_megatron.precision import LossScaling as LossScaling
     from lightning_megatron.precision import MegatronPrecision as MegatronPrecision
     from lightning_megatron.schedule import Loss as Loss
@@ -52,6 +53,7 @@ _HOMES = {
     "BertModule": "models.bert_module",
     "CheckpointError": "errors",
     "DataError": "errors",
+    "Float8": "precision",
     "GPTConfig": "models.config",
     "GPTModule": "models.gpt_module",
     "LayoutError": "errors",

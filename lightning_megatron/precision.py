@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, override
 
 import torch
@@ -29,6 +29,49 @@ class LossScaling:
 
 
 @dataclass(frozen=True, slots=True)
+class Float8:
+    """Matrix products of Transformer layers in FP8 (arXiv:2209.05433), with one delayed scale for each tensor.
+
+    Weights and activations are E4M3, gradients of activations E5M2 unless changed. Attention, norms, residuals, the
+    embedding, the vocabulary's projection and decoding keep the precision they have without it. Scales follow the
+    magnitudes of the last few micro-batches and are exact in the first one, so checkpoints need not hold them.
+    """
+
+    weight_gradients: bool = True
+    """Compute weight gradients in FP8 too; ``False`` leaves them at 16 bits, which is slower and more precise."""
+    gradients: Literal["e5m2", "e4m3"] = "e5m2"
+    """The format of gradients of activations: wide range, or one more bit of precision."""
+    history: int = 16
+    """Forward passes whose largest magnitude decides a scale."""
+    fast_accumulation: Literal["forward", "all"] = "forward"
+    """Products that tensor cores sum with fewer bits: the forward's alone, or the gradients' as well."""
+
+    def __post_init__(self) -> None:
+        if self.gradients not in ("e5m2", "e4m3"):
+            raise ValueError(f"Float8(gradients={self.gradients!r}) must be 'e5m2' or 'e4m3'.")
+        if self.fast_accumulation not in ("forward", "all"):
+            raise ValueError(f"Float8(fast_accumulation={self.fast_accumulation!r}) must be 'forward' or 'all'.")
+        if self.history < 1:
+            raise ValueError(f"Float8(history={self.history}) must be at least 1.")
+
+    def check_device(self, device: torch.device) -> None:
+        """Refuse devices without FP8 matrix products.
+
+        Raises:
+            ValueError: a GPU older than Ada and Hopper. A CPU computes the same values, for tests.
+        """
+        if device.type != "cuda":
+            return
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 9):
+            raise ValueError(
+                f"fp8 needs a GPU of compute capability 8.9 or higher (Ada, Hopper), but "
+                f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}. Leave out "
+                "MegatronPrecision(fp8=...)."
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class DtypePolicy:
     """What a precision means to megatron-core's model, gradient buffers and optimizer."""
 
@@ -36,6 +79,8 @@ class DtypePolicy:
     master_weights: bool
     """Keep fp32 copies of half-precision weights in the optimizer."""
     grad_reduce_in_fp32: bool
+    float8: Float8 | None = None
+    """Matrix products of layers in FP8; the types above are of everything else."""
 
     @property
     def half(self) -> bool:
@@ -78,12 +123,30 @@ class MegatronPrecision(Precision):
                                                                     plain name into bf16 there
     =============  ==========  ==============  ===================  =========================================
 
+    Args:
+        precision: a name of the table.
+        loss_scaling: of ``16-mixed``.
+        fp8: run the matrix products of layers in FP8, by :class:`Float8`'s defaults (``True``) or its options; needs
+            ``bf16-mixed`` or ``bf16-true``.
+
     Raises:
-        ValueError: a precision that is none of these.
+        ValueError: a precision that is none of these, or one that ``fp8`` does not go with.
     """
 
-    def __init__(self, precision: PrecisionName = "32-true", loss_scaling: LossScaling | None = None) -> None:
+    def __init__(
+        self,
+        precision: PrecisionName = "32-true",
+        loss_scaling: LossScaling | None = None,
+        fp8: bool | Float8 = False,
+    ) -> None:
         self.policy = DtypePolicy.of(precision)
+        if fp8:
+            if self.policy.params != torch.bfloat16:
+                raise ValueError(
+                    f"MegatronPrecision({precision!r}, fp8={fp8}): fp8 needs 'bf16-mixed' or 'bf16-true', for what "
+                    "stays in 16 bits. Change precision, or leave out fp8."
+                )
+            self.policy = replace(self.policy, float8=Float8() if fp8 is True else fp8)
         self.precision = precision
         self.loss_scaling = loss_scaling or LossScaling()
 

@@ -31,6 +31,7 @@ from lightning_megatron.checkpoint.together import Team
 from lightning_megatron.errors import LayoutError, ModuleError
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.models.config import TransformerModelConfig
+from lightning_megatron.models.fused import check_float8
 from lightning_megatron.models.transformer_config import BuildContext
 from lightning_megatron.module import MegatronModule
 from lightning_megatron.optim.config import OptimizerConfig
@@ -274,6 +275,8 @@ class MegatronStrategy(DDPStrategy):
     def _initialise_groups(self) -> None:
         if self._context is not None and self._context.policy == self.precision_plugin.policy:
             return  # a second fit, validate, test or predict of the same Trainer
+        if self.precision_plugin.policy.float8 is not None:
+            self.precision_plugin.policy.float8.check_device(self.root_device)
         layout, state = self.layout, core.parallel_state
         if state.model_parallel_is_initialized():
             state.destroy_model_parallel()
@@ -304,6 +307,8 @@ class MegatronStrategy(DDPStrategy):
         assert isinstance(self.lightning_module, MegatronModule)
         self.accelerator.setup(trainer)
         self.model_to_device()
+        if self.precision_plugin.policy.float8 is not None:
+            check_float8(self.lightning_module.chunks)
         training = trainer.state.fn == TrainerFn.FITTING
         self._chunks = self._wrap(list(self.lightning_module.chunks), training)
         self._configure_core()

@@ -116,7 +116,12 @@ class BertChunk(VocabularyLoss):
         self.encoder = TransformerBlock(
             config=core_config,
             spec=bert_block_spec(
-                core_config, context.seed, stage.vp_stage, post_layernorm=config.post_layernorm, fused=fused
+                core_config,
+                context.seed,
+                stage.vp_stage,
+                post_layernorm=config.post_layernorm,
+                fused=fused,
+                float8=context.policy.float8,
             ),
             pre_process=self.pre_process,
             post_process=self.post_process,

@@ -43,7 +43,9 @@ class GPTChunk(VocabularyLoss, GPTModel):
         GPTModel.__init__(
             self,
             core_config,
-            gpt_block_spec(core_config, context.seed, stage.vp_stage, alibi=alibi, fused=fused),
+            gpt_block_spec(
+                core_config, context.seed, stage.vp_stage, alibi=alibi, fused=fused, float8=context.policy.float8
+            ),
             vocab_size=config.padded_vocab_size(context.layout.tensor_model_parallel_size),
             max_sequence_length=config.max_position_embeddings,
             pre_process=stage.pre_process,

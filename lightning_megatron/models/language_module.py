@@ -174,7 +174,8 @@ class LanguageModelModule(MegatronModule):
 
     def runs_fused(self, asked: bool | None, context: BuildContext) -> bool:
         """Whether layers and loss run as fused kernels, which read weights and know of no adapters."""
-        wanted = context.device.type == "cuda" if asked is None else asked
+        preferred = context.device.type == "cuda" or context.policy.float8 is not None
+        wanted = preferred if asked is None else asked
         if wanted and self.lora is not None:
             logger.warning("Transformer layers run unfused, because of lora=%s.", self.lora)
         return wanted and self.lora is None

@@ -29,6 +29,7 @@ from lightning_megatron.backends.core import (
 )
 from lightning_megatron.models.attention import SDPACoreAttention
 from lightning_megatron.models.fused import FusedTransformerLayer
+from lightning_megatron.precision import Float8
 
 
 class TorchNorm:
@@ -135,6 +136,11 @@ def _draw_cut(weight: torch.Tensor, init_method: Any, group: Any, dim: int, stri
     weight.data.copy_(torch.cat(pieces, dim=dim))
 
 
+def _float8(module: type[TransformerLayer], float8: Float8 | None) -> dict[str, Any]:
+    """The argument of fused layers. For others :func:`check_float8` tells the user."""
+    return {"float8": float8} if issubclass(module, FusedTransformerLayer) else {}
+
+
 def self_attention_submodules(submodules: Any, core_attention: Any = SDPACoreAttention) -> Any:
     """Put the package's norms and attention into the submodules of one of megatron-core's layers."""
     submodules.input_layernorm = TorchNorm
@@ -144,14 +150,21 @@ def self_attention_submodules(submodules: Any, core_attention: Any = SDPACoreAtt
 
 
 def gpt_block_spec(
-    config: TransformerConfig, seed: int, vp_stage: int | None = None, *, alibi: bool = False, fused: bool = False
+    config: TransformerConfig,
+    seed: int,
+    vp_stage: int | None = None,
+    *,
+    alibi: bool = False,
+    fused: bool = False,
+    float8: Float8 | None = None,
 ) -> TransformerBlockSubmodules:
-    """The decoder layers of one chunk of a GPT. ``fused`` runs them as :mod:`lightning_megatron.models.fused` does."""
+    """The decoder layers of one chunk of a GPT. ``fused`` runs them as :mod:`lightning_megatron.models.fused` does, and
+    ``float8`` those with FP8 matrix products."""
     submodules = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=False).submodules
     core_attention = partial(SDPACoreAttention, alibi=True) if alibi else SDPACoreAttention
     submodules = self_attention_submodules(submodules, core_attention)
     module = SeededFusedLayer if fused else SeededTransformerLayer
-    layer = ModuleSpec(module=module, submodules=submodules, params={"seed": seed})
+    layer = ModuleSpec(module=module, submodules=submodules, params={"seed": seed, **_float8(module, float8)})
     count = get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=TorchNorm)
 
@@ -163,6 +176,7 @@ def bert_block_spec(
     *,
     post_layernorm: bool = False,
     fused: bool = False,
+    float8: Float8 | None = None,
 ) -> TransformerBlockSubmodules:
     """The encoder layers of one chunk of a BERT. ``fused`` is for those with norms before each block."""
     submodules = self_attention_submodules(get_gpt_layer_local_spec().submodules)
@@ -170,7 +184,7 @@ def bert_block_spec(
     module = PostNormLayer if post_layernorm else SeededFusedLayer if fused else SeededTransformerLayer
     if post_layernorm:
         submodules.input_layernorm = submodules.pre_mlp_layernorm = IdentityOp
-    layer = ModuleSpec(module=module, submodules=submodules, params={"seed": seed})
+    layer = ModuleSpec(module=module, submodules=submodules, params={"seed": seed, **_float8(module, float8)})
     count = get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=None if post_layernorm else TorchNorm)
 

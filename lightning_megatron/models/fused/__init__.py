@@ -6,6 +6,7 @@ plain torch, which is how its values are tested without a GPU.
 """
 
 from lightning_megatron.models.fused.cross_entropy import FusedLoss, linear_cross_entropy
+from lightning_megatron.models.fused.float8 import check_float8
 from lightning_megatron.models.fused.layer import FusedTransformerLayer, layer_spec, reason_not_used
 from lightning_megatron.models.fused.linear import TensorParallel
 
@@ -13,6 +14,7 @@ __all__ = [
     "FusedLoss",
     "FusedTransformerLayer",
     "TensorParallel",
+    "check_float8",
     "layer_spec",
     "linear_cross_entropy",
     "reason_not_used",

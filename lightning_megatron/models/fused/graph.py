@@ -71,12 +71,17 @@ class LayerGraph:
         run: the layer, from its inputs ``[sequence, batch, hidden]`` and the dropouts' seed (or ``None``) to the shape
             of the first. Its backward must put all gradients but the inputs' into ``main_grad``.
         parameters: of the layer.
+        before_backward: called before each replay of the backward, for what the graph reads from the device.
     """
 
     def __init__(
-        self, run: Callable[[tuple[Tensor, ...], Tensor | None], Tensor], parameters: list[torch.nn.Parameter]
+        self,
+        run: Callable[[tuple[Tensor, ...], Tensor | None], Tensor],
+        parameters: list[torch.nn.Parameter],
+        before_backward: Callable[[], None] | None = None,
     ) -> None:
         self._run = run
+        self._before_backward = before_backward
         self._parameters = parameters
         self._seen = 0
         self._key: tuple[object, ...] = ()
@@ -122,6 +127,8 @@ class LayerGraph:
 
     def backward(self, dout: Tensor) -> tuple[Tensor, ...]:
         """Replay (the first time: capture and replay) the backward."""
+        if self._before_backward is not None:
+            self._before_backward()
         if self._backward is None:
             self._dout = dout.detach().contiguous()
             self._backward, self._gradients = _Capture.run(

@@ -20,9 +20,12 @@ from lightning_megatron.backends.core import (
 )
 from lightning_megatron.models.fused.blocks import AttentionInput, AttentionOutputAndMLP, LayerPlan
 from lightning_megatron.models.fused.cross import AttentionOutputAndQuery, KeyValue
+from lightning_megatron.models.fused.float8 import LayerCall, LayerFloat8
+from lightning_megatron.models.fused.float8_blocks import Float8AttentionInput, Float8AttentionOutputAndMLP
 from lightning_megatron.models.fused.graph import LayerGraph
 from lightning_megatron.models.fused.linear import TensorParallel, UnfusedBackward, before_forward
 from lightning_megatron.models.fused.types import Activation, ActivationName, Norm
+from lightning_megatron.precision import Float8
 
 logger = logging.getLogger(__name__)
 
@@ -124,18 +127,29 @@ class FusedTransformerLayer(TransformerLayer):
     inner_dropout = 0.0
     """Of the MLP between its activation and its output; T5's layers have one."""
 
-    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, config: TransformerConfig, *args: Any, float8: Float8 | None = None, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self._reason = reason_not_used(config)
+        if float8 is not None and self._reason is not None:
+            raise ValueError(
+                f"fp8 is for fused Transformer layers, but these run unfused, because of {self._reason}. Change that, "
+                "or leave out MegatronPrecision(fp8=...)."
+            )
         if self._reason is not None and self.layer_number == 1:
             logger.warning("Transformer layers run unfused, because of %s.", self._reason)
         self._plan = None if self._reason is not None else self._make_plan()
+        self.float8 = None if float8 is None else LayerFloat8(float8, self._weights())
         self._graph: LayerGraph | None = None
         reason = self._reason or reason_without_graphs(config)
         if reason is None:
-            self._graph = LayerGraph(self._blocks, list(self.parameters()))
+            before_backward = None if self.float8 is None else self.float8.note_accumulation
+            self._graph = LayerGraph(self._blocks, list(self.parameters()), before_backward)
         elif self.layer_number == 1 and torch.cuda.is_available():
             logger.info("Transformer layers run without CUDA graphs, because of %s.", reason)
+
+    def _weights(self) -> list[torch.nn.Parameter]:
+        attention, mlp = self.self_attention, self.mlp
+        return [m.weight for m in (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2)]
 
     def _make_plan(self) -> LayerPlan:
         config, attention = self.config, self.self_attention
@@ -177,6 +191,11 @@ class FusedTransformerLayer(TransformerLayer):
             and all(value is None for name, value in others.items() if name != "padding_mask")
         )
         if not fused:
+            if self.float8 is not None and self.training and torch.is_grad_enabled():
+                raise ValueError(
+                    "fp8 trains on whole sequences of hidden states, but this batch has packed sequences, another "
+                    "context or a cache. Leave those out, or MegatronPrecision(fp8=...)."
+                )
             out, context = super().forward(
                 hidden_states,
                 attention_mask=attention_mask,
@@ -201,6 +220,10 @@ class FusedTransformerLayer(TransformerLayer):
             # From the generator that is active: the same on all tensor-parallel ranks, unless sequence parallelism
             # has forked it, and again the same when megatron-core's checkpointing runs the layer a second time.
             seed = torch.randint(2**31 - 2, (), device=x.device)
+        if self.float8 is not None:
+            gathered = self.tp_group.size() if self.config.sequence_parallel else 1
+            self.float8.check_tokens(x.size(0) * x.size(1) * gathered)
+            self.float8.refresh(self.training)
         self._others = others
         try:
             replays = others.constants is not None and self.training and x.is_cuda and torch.is_grad_enabled()
@@ -224,8 +247,13 @@ class FusedTransformerLayer(TransformerLayer):
         attention, mlp, plan, others = self.self_attention, self.mlp, self._plan, self._others
         qkv, proj, fc1, fc2 = attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2
         norm1, norm2 = self.input_layernorm, self.pre_mlp_layernorm
-        residual, query, key, value = AttentionInput.apply(
-            inputs[0], norm1.weight, _bias(norm1), qkv.weight, qkv.bias, others.angles, plan
+        begins: Any = AttentionInput
+        ends: Any = AttentionOutputAndMLP
+        calls: tuple[LayerCall, ...] = ()
+        if self.float8 is not None:
+            begins, ends, calls = Float8AttentionInput, Float8AttentionOutputAndMLP, (self.float8.begin(self.training),)
+        residual, query, key, value = begins.apply(
+            inputs[0], norm1.weight, _bias(norm1), qkv.weight, qkv.bias, others.angles, plan, *calls
         )
         attended = self._attend(attention, (query, key, value), others.mask, others.bias)
         if len(inputs) > 1:
@@ -237,10 +265,11 @@ class FusedTransformerLayer(TransformerLayer):
             key, value = KeyValue.apply(inputs[1], cross.linear_kv.weight, cross.linear_kv.bias, plan)
             attended = self._attend(cross, (query, key, value), others.context_mask, None)
             proj = cross.linear_proj
-        return AttentionOutputAndMLP.apply(
+        out: Tensor = ends.apply(
             residual, attended, proj.weight, proj.bias, norm2.weight, _bias(norm2), fc1.weight, fc1.bias, fc2.weight,
-            fc2.bias, seed, plan,
+            fc2.bias, seed, plan, *calls,
         )  # fmt: skip
+        return out
 
     def _attend(self, attention: Any, states: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, bias: Any) -> Tensor:
         run = partial(attention.core_attention, attn_mask_type=attention.attn_mask_type, attention_bias=bias)

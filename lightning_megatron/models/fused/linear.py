@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -103,16 +104,22 @@ class WeightGradients:
     operands: ClassVar[list[Tensor]] = []
     enabled: ClassVar[bool] = True
 
-    def add(self, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor | None:
-        """:func:`weight_gradient`, now or beside."""
+    def add(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        product: Callable[[Tensor, Tensor, Tensor], Tensor | None] = weight_gradient,
+    ) -> Tensor | None:
+        """The product, now or beside."""
         if not (self.enabled and dy.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return weight_gradient(dy, x, weight)
+            return product(dy, x, weight)
         cls = type(self)
         cls.stream = cls.stream or torch.cuda.Stream()
         cls.stream.wait_stream(torch.cuda.current_stream())
         cls.operands += (dy, x)
         with torch.cuda.stream(cls.stream):
-            return weight_gradient(dy, x, weight)
+            return product(dy, x, weight)
 
     def join(self) -> None:
         """Let the current stream wait for what was added."""

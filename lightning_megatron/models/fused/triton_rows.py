@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_megatron.models.fused.types import Dropout, Norm
+from lightning_megatron.models.fused.triton_float8 import largest_of, scaled
+from lightning_megatron.models.fused.types import Cast, Dropout, Norm
 
 _BACKWARD_ROWS = 2
 """Rows that the norm's backward holds at once: enough loads in flight, at few sums to write."""
@@ -39,8 +40,9 @@ def _programs(rows: int, block: int, device: torch.device) -> int:
 
 @triton.jit
 def _norm_forward(
-    x, weight, bias, y, mean, rstd, width, eps, RMS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr
-):
+    x, weight, bias, y, mean, rstd, scale, amax, width, eps,
+    RMS: tl.constexpr, BIAS: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
@@ -53,27 +55,34 @@ def _norm_forward(
     result = centred * reciprocal * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     if BIAS:
         result += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    if LIMIT > 0:
+        result = scaled(result, scale, amax, LIMIT)
     tl.store(y + row * width + columns, result.to(y.dtype.element_ty), mask=inside)
     tl.store(mean + row, average)
     tl.store(rstd + row, reciprocal)
 
 
-def norm_forward(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
+def norm_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm, cast: Cast | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``cast`` makes the output FP8."""
     rows, width = x.shape
-    y = torch.empty_like(x)
+    y = torch.empty_like(x, dtype=x.dtype if cast is None else cast.dtype)
     mean, rstd = torch.empty(2, rows, device=x.device).unbind()
     block, warps = _block(width)
     _norm_forward[(rows,)](
-        x, weight, weight if bias is None else bias, y, mean, rstd, width, norm.eps,
-        RMS=norm.rms, BIAS=bias is not None, BLOCK=block, num_warps=warps,
+        x, weight, weight if bias is None else bias, y, mean, rstd, *((mean, mean) if cast is None else (cast.scale,
+        cast.amax)), width, norm.eps, RMS=norm.rms, BIAS=bias is not None, LIMIT=largest_of(cast), BLOCK=block,
+        num_warps=warps,
     )  # fmt: skip
     return y, mean, rstd
 
 
 @triton.jit
 def _add_norm_forward(
-    residual, x, x_bias, seed, stream, probability, weight, bias, added, y, mean, rstd, width, eps,
-    X_BIAS: tl.constexpr, DROPOUT: tl.constexpr, RMS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    residual, x, x_bias, seed, stream, probability, weight, bias, added, y, mean, rstd, scale, amax, width, eps,
+    X_BIAS: tl.constexpr, DROPOUT: tl.constexpr, RMS: tl.constexpr, BIAS: tl.constexpr, LIMIT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -97,6 +106,8 @@ def _add_norm_forward(
     result = centred * reciprocal * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     if BIAS:
         result += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    if LIMIT > 0:
+        result = scaled(result, scale, amax, LIMIT)
     tl.store(y + offsets, result.to(y.dtype.element_ty), mask=inside)
     tl.store(mean + row, average)
     tl.store(rstd + row, reciprocal)
@@ -110,16 +121,19 @@ def add_norm_forward(
     weight: Tensor,
     bias: Tensor | None,
     norm: Norm,
+    cast: Cast | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``cast`` makes the norm's output FP8."""
     rows, width = x.shape
-    added, y = torch.empty_like(residual), torch.empty_like(x)
+    added, y = torch.empty_like(residual), torch.empty_like(x, dtype=x.dtype if cast is None else cast.dtype)
     mean, rstd = torch.empty(2, rows, device=x.device).unbind()
     block, warps = _block(width)
     _add_norm_forward[(rows,)](
         residual, x, x if x_bias is None else x_bias, x if dropout.seed is None else dropout.seed, dropout.stream,
-        dropout.probability, weight, weight if bias is None else bias, added, y, mean, rstd, width, norm.eps,
-        X_BIAS=x_bias is not None, DROPOUT=dropout.probability > 0, RMS=norm.rms, BIAS=bias is not None, BLOCK=block,
-        num_warps=warps,
+        dropout.probability, weight, weight if bias is None else bias, added, y, mean, rstd,
+        *((mean, mean) if cast is None else (cast.scale, cast.amax)), width, norm.eps,
+        X_BIAS=x_bias is not None, DROPOUT=dropout.probability > 0, RMS=norm.rms, BIAS=bias is not None,
+        LIMIT=largest_of(cast), BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return added, y, mean, rstd
 

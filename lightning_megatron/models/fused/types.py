@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 ActivationName = Literal["gelu", "gelu_tanh", "silu", "relu"]
@@ -78,3 +79,35 @@ class Rotary:
         """From megatron-core's ``rotary_pos_emb``, ``[sequence, 1, 1, rotated width]``."""
         flat = angles.detach().view(angles.size(0), -1).float()
         return cls(flat.cos(), flat.sin(), interleaved)
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """How a kernel writes one tensor in FP8: ``value * scale``, saturated at the format's largest number."""
+
+    dtype: torch.dtype
+    """``float8_e4m3fn`` or ``float8_e5m2``."""
+    scale: Tensor
+    """float32, shape ``[]``, as all three: a power of two, so that where it lies does not change how values round."""
+    inverse: Tensor
+    """``1 / scale``, by which matrix products multiply."""
+    amax: Tensor
+    """The largest magnitude yet; raised by the kernels, which do not wait for each other."""
+    dynamic: bool
+    """Measure the tensor before it is cast, and set the scale by that."""
+    beside: Literal["columns", "values"] | None
+    """What the weight gradient needs beside the rows: them transposed, or 16-bit values. ``None``: there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """A tensor of rows in FP8."""
+
+    rows: Tensor
+    """``[tokens, width]``"""
+    columns: Tensor | None
+    """The same numbers, ``[width, tokens]``."""
+    values: Tensor | None
+    """Before the cast, ``[tokens, width]``."""
+    inverse: Tensor
+    """The tensor is ``rows * inverse``."""
