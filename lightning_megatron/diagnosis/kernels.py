@@ -52,7 +52,7 @@ def _attention(cuda: bool, capability: tuple[int, int]) -> list[Kernel]:
     alibi = Kernel(
         "ALiBi",
         "cuDNN" if reason is None else "FlexAttention, in torch",
-        "nvidia-cudnn-frontend is installed" if reason is None else reason,
+        "nvidia-cudnn-frontend is installed; long sequences without tensor parallelism" if reason is None else reason,
     )
     return [plain, masked, alibi]
 

@@ -127,6 +127,7 @@ class SDPACoreAttention(CoreModule):
         self.hidden_size_per_partition = divide(config.kv_channels * config.num_attention_heads, groups.tp.size())
         self.softmax_scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
         self.attention_dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.holds_all_heads = groups.tp.size() == 1
         self.slopes: Tensor | None = None
         if alibi:
             heads = divide(config.num_attention_heads, groups.tp.size())
@@ -235,9 +236,8 @@ class SDPACoreAttention(CoreModule):
         bias: Tensor | None = None
         is_causal = scores.plain and scores.causal and in_order
         out: Tensor | None = None
-        slopes = scores.slopes
-        if slopes is not None and _only_slopes(scores) and in_order and dropout == 0.0 and cudnn_attention.usable(q):
-            out = cudnn_attention.attend(q, k, v, slopes, self.softmax_scale)
+        if in_order and _only_slopes(scores) and self._alibi_in_cudnn(q.size(2), q):
+            out = cudnn_attention.attend(q, k, v, self.softmax_scale)
         if out is None and not is_causal and flex.usable(q, scores, dropout):
             out = flex.attend(q, k, v, scores, self.softmax_scale)
         if out is None:
@@ -255,6 +255,16 @@ class SDPACoreAttention(CoreModule):
                     enable_gqa=q.size(1) != k.size(1),
                 )
         return self._joined(out)
+
+    def _alibi_in_cudnn(self, sequence: int, like: Tensor) -> bool:
+        drops = self.training and self.attention_dropout > 0.0
+        if self.slopes is None or not self.holds_all_heads or self.context_group is not None or drops:
+            return False
+        return cudnn_attention.usable(sequence, self.config.kv_channels, like)
+
+    def can_be_recorded(self, states: Tensor) -> bool:
+        """Whether a CUDA graph may hold this attention of ``[sequence, batch, hidden]`` states without a mask."""
+        return not self._alibi_in_cudnn(states.size(0), states)
 
     def _joined(self, out: Tensor) -> Tensor:
         """``[batch, heads, sequence, head_size]`` to ``[sequence, batch, heads * head_size]``."""

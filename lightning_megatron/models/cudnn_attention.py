@@ -1,10 +1,10 @@
-"""ALiBi inside cuDNN's attention, on CUDA and with ``nvidia-cudnn-frontend`` installed.
+"""ALiBi inside cuDNN's attention, which knows it, on CUDA and with ``nvidia-cudnn-frontend`` installed.
 
-torch's scaled dot product attention reaches cuDNN's kernels, but can add to their scores only a tensor of all pairs,
-and FlexAttention takes more than twice as long. cuDNN's own ALiBi is not used: it takes the slopes from the number of
-heads, which is not that of the model under tensor parallelism, and copies them from memory of the host that a
-recorded CUDA graph finds gone. Here the slopes are a tensor, and cuDNN compiles their product with the distance into
-its kernels.
+torch's scaled dot product attention reaches cuDNN's kernels, but not their ALiBi, and FlexAttention takes 2.5 times as
+long. cuDNN computes the slopes from the number of heads, so a tensor-parallel rank, which has heads out of the middle
+of the sequence of slopes, cannot use it. It copies them from memory of the host that is gone when a CUDA graph replays
+the copy, so a layer with this attention must not be recorded. cuDNN's score modifiers, which would take slopes as a
+tensor, exclude its causal mask.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
+SHORTEST = 2048
+"""Tokens from which on the faster attention is worth more than recording the layer in a CUDA graph."""
 _refused: list[str] = []
 
 
@@ -36,30 +38,27 @@ def unavailable() -> str | None:
     return None if hasattr(cudnn, "pygraph") else f"nvidia-cudnn-frontend {cudnn.__version__} has no graphs"
 
 
-def usable(query: Tensor) -> bool:
-    """Whether ALiBi for queries ``[batch, heads, sequence, head_size]`` can run in cuDNN; logs once why not."""
-    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16) or query.size(2) == 1 or _refused:
+def usable(sequence: int, head_size: int, like: Tensor) -> bool:
+    """Whether ALiBi of so many tokens runs in cuDNN, on the device and in the type of ``like``; logs once why not."""
+    if not like.is_cuda or like.dtype not in (torch.bfloat16, torch.float16) or sequence < SHORTEST or _refused:
         return False
     reason = unavailable()
     if reason is not None:
         _refuse(reason)
         return False
-    return query.size(3) % 8 == 0 and query.size(3) <= 128
+    return head_size % 8 == 0 and head_size <= 128
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor, scale: float) -> Tensor | None:
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor | None:
     """Causal attention with ALiBi, ``[batch, heads, sequence, head_size]`` to ``[batch, query_groups, ...]``.
-
-    Args:
-        slopes: ``[heads]``, float32; each score loses its head's slope times the distance.
 
     Returns:
         A tensor whose memory is ``[sequence, batch, heads, head_size]``; ``None`` if cuDNN refuses, which is logged
         once.
     """
     try:
-        out: Tensor = _CausalAlibi.apply(query, key, value, slopes, scale)
-    except RuntimeError as error:
+        out: Tensor = _CausalAlibi.apply(query, key, value, scale)
+    except Exception as error:  # cuDNN's own are no RuntimeErrors
         if not type(error).__module__.startswith("cudnn"):
             raise
         _refuse(str(error).splitlines()[0])
@@ -132,20 +131,18 @@ class _Compiled:
             compute_data_type=single,
             handle=self._handle,
         )
+        rules = {
+            "attn_scale": problem.scale,
+            "use_alibi_mask": True,
+            "diagonal_alignment": cudnn.diagonal_alignment.TOP_LEFT,
+            "diagonal_band_right_bound": 0,
+        }
 
         def tensor(form: _Form, kind: Any = types[problem.dtype]) -> Any:
             return self.graph.tensor(dim=list(form.shape), stride=list(form.stride), data_type=kind)
 
         inputs = [tensor(form) for form in (problem.query, problem.key, problem.value)]
         query, key, value = inputs
-        heads = problem.query.shape[1]
-        slopes = tensor(_Form((1, heads, 1, 1), (heads, 1, 1, 1)), single)
-        rules = {
-            "attn_scale": problem.scale,
-            "diagonal_alignment": cudnn.diagonal_alignment.TOP_LEFT,
-            "diagonal_band_right_bound": 0,
-            "score_mod": functools.partial(_subtract_distance, slopes),
-        }
         if problem.gradient is None:
             results = self.graph.sdpa(q=query, k=key, v=value, generate_stats=True, **rules)
             forms = [problem.out, problem.statistics]
@@ -159,7 +156,7 @@ class _Compiled:
         for result, form in zip(results, forms, strict=True):
             result.set_output(True).set_dim(list(form.shape)).set_stride(list(form.stride))
         self.graph.build([cudnn.heur_mode.A])
-        self._names = [*inputs, slopes, *results]
+        self._names = [*inputs, *results]
         self._workspace = max(self.graph.get_workspace_size(), 1)
 
     def __call__(self, *tensors: Tensor) -> None:
@@ -168,21 +165,6 @@ class _Compiled:
         workspace = torch.empty(self._workspace, device=device, dtype=torch.uint8)
         self._cudnn.set_stream(handle=self._handle, stream=torch.cuda.current_stream(device).cuda_stream)
         self.graph.execute(dict(zip(self._names, tensors, strict=True)), workspace, handle=self._handle)
-
-
-def _subtract_distance(slopes: Any, graph: Any, scores: Any) -> Any:
-    """Part of a graph of cuDNN's: ``scores - slopes * (query - key)``, ``[batch, heads, queries, keys]``."""
-    import cudnn
-
-    whole, single = cudnn.data_type.INT32, cudnn.data_type.FLOAT
-    query, key = (graph.gen_index(input=scores, axis=axis, compute_data_type=whole) for axis in (2, 3))
-    for index in (query, key):
-        index.set_data_type(whole)
-    distance = graph.sub(a=key, b=query, compute_data_type=whole)
-    distance.set_data_type(whole)
-    bias = graph.mul(a=distance, b=slopes, compute_data_type=single)
-    bias.set_data_type(single)
-    return graph.add(a=scores, b=bias, compute_data_type=single)
 
 
 @functools.cache
@@ -212,20 +194,20 @@ def _problem(query: Tensor, key: Tensor, value: Tensor, scale: float, gradient: 
 
 class _CausalAlibi(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, slopes: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         problem = _problem(query, key, value, scale)
         out = problem.out.empty(query)
         statistics = torch.empty(problem.statistics.shape, dtype=torch.float32, device=query.device)
-        _compiled(problem)(query, key, value, slopes, out, statistics)
-        ctx.save_for_backward(query, key, value, slopes, out, statistics)
+        _compiled(problem)(query, key, value, out, statistics)
+        ctx.save_for_backward(query, key, value, out, statistics)
         ctx.scale = scale
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, slopes, out, statistics = ctx.saved_tensors
+        query, key, value, out, statistics = ctx.saved_tensors
         gradient = gradient if gradient.stride(-1) == 1 else gradient.contiguous()
         problem = _problem(query, key, value, ctx.scale, gradient)
         results = tuple(_Form.sequence_first(tuple(t.shape)).empty(t) for t in (query, key, value))
-        _compiled(problem)(query, key, value, out, gradient, statistics, slopes, *results)
-        return (*results, None, None)
+        _compiled(problem)(query, key, value, out, gradient, statistics, *results)
+        return (*results, None)

@@ -227,6 +227,7 @@ class FusedTransformerLayer(TransformerLayer):
         self._others = others
         try:
             replays = others.constants is not None and self.training and x.is_cuda and torch.is_grad_enabled()
+            replays = replays and self.self_attention.core_attention.can_be_recorded(x)
             if self._graph is not None and replays and not torch.cuda.is_current_stream_capturing():
                 out = self._graph(inputs, seed, others.constants or ())
                 if out is not None:
