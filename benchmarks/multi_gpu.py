@@ -72,7 +72,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--results", type=Path, help="a file for the lines of JSON, beside standard output")
     found = parser.parse_args(arguments)
     gpus = _visible_gpus() if found.device != "cpu" else 0
-    device = found.device or ("cuda" if gpus else "cpu")
+    device: Literal["cuda", "cpu"] = found.device or ("cuda" if gpus else "cpu")
     if device == "cuda" and not gpus:
         parser.error("--device cuda, but torch sees no GPU. Use --device cpu.")
     count = gpus if device == "cuda" else CPU_RANKS
@@ -120,14 +120,11 @@ def run(options: Options, heard: Callable[[Result], None]) -> list[Result]:
 
 
 def versions(options: Options) -> dict[str, str | int]:
-    """What the numbers depend on."""
+    """What the numbers depend on; the GPUs' name comes with their speed, since asking here would take memory there."""
     from importlib.metadata import version
 
-    import torch
-
-    device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
     names = ("torch", "megatron-core", "lightning")
-    return {"device": device, "ranks": options.gpus, **{name: version(name) for name in names}}
+    return {"device": options.device, "ranks": options.gpus, **{name: version(name) for name in names}}
 
 
 def main() -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol, override
 
 from lightning_megatron.layout import ParallelLayout
 
@@ -70,6 +70,10 @@ class Job:
         """Its name among all jobs."""
         return f"{self.part}: {self.name}"
 
+    def needs(self, other: Job) -> bool:
+        """Whether it is of no use without the result of ``other``."""
+        return False
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training(Job):
@@ -89,12 +93,21 @@ class Training(Job):
     kill_at: int | None = None
     """The last rank is killed once this many steps are done; the others must stop with an error."""
 
+    @override
+    def needs(self, other: Job) -> bool:
+        loads = isinstance(other, Training) and self.load is not None and self.load == other.save
+        return self.part == other.part and (loads or self.reference == other.name)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation(Job):
     """Greedy continuations of a few prompts."""
 
     reference: str | None = None
+
+    @override
+    def needs(self, other: Job) -> bool:
+        return self.part == other.part and self.reference == other.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,14 +151,22 @@ class Plan:
 
 def plan(parts: Sequence[str], gpus: int, *, tiny: bool) -> Plan:
     """The jobs of these parts that so many GPUs can run."""
-    jobs = [job for part in sorted(set(parts), key=ORDER.index) for job in _jobs(part, gpus, tiny)]
-    few = [Skipped(job, f"needs {job.layout.gpus} ranks, there are {gpus}") for job in jobs if job.layout.gpus > gpus]
-    return Plan(tuple(job for job in jobs if job.layout.gpus <= gpus), tuple(few))
+    run: list[Job] = []
+    skipped: list[Skipped] = []
+    for job in (job for part in sorted(set(parts), key=ORDER.index) for job in _jobs(part, gpus, tiny)):
+        missing = next((other.job for other in skipped if job.needs(other.job)), None)
+        if job.layout.gpus > gpus:
+            skipped.append(Skipped(job, f"needs {job.layout.gpus} ranks, there are {gpus}"))
+        elif missing is not None:
+            skipped.append(Skipped(job, f"needs {missing.name!r}, which is skipped"))
+        else:
+            run.append(job)
+    return Plan(tuple(run), tuple(skipped))
 
 
 ORDER = ("a", "c", "d", "e", "b")
 """Speed comes last: it takes what time there is."""
-SHARES = {"a": 0.28, "c": 0.1, "d": 0.08, "e": 0.14, "b": 0.4}
+SHARES = {"a": 0.25, "c": 0.12, "d": 0.08, "e": 0.2, "b": 0.35}
 """Of the time; what a part leaves is shared by those after it."""
 
 
@@ -199,21 +220,19 @@ _BF16_LAYOUTS = (
     _layout(4, "pp2", distributed=True, overlap=True),
     _layout(8, "tp2_pp2_sp", distributed=True, overlap=True),
 )
+_LAYOUTS: dict[Precision, tuple[Layout, ...]] = {"32-true": _FP32_LAYOUTS, "bf16-mixed": _BF16_LAYOUTS}
+_WORDS: dict[Precision, str] = {"32-true": "fp32", "bf16-mixed": "bf16"}
 
 
 def _equivalence() -> Iterator[Job]:
-    kinds: tuple[tuple[Precision, str, tuple[Layout, ...]], ...] = (
-        ("32-true", "fp32", _FP32_LAYOUTS),
-        ("bf16-mixed", "bf16", _BF16_LAYOUTS),
-    )
-    for precision, word, layouts in kinds:
-        one = f"tp1 {word}"
-        # Kernels are compiled in the first.
-        yield Training(part="a", name=one, layout=_layout(1), steps=5, precision=precision, limit=90.0)
-        for layout in layouts:
-            yield Training(
-                part="a", name=f"{layout} {word}", layout=layout, steps=5, precision=precision, reference=one
-            )
+    one = {precision: f"tp1 {word}" for precision, word in _WORDS.items()}
+    for precision, name in one.items():  # kernels are compiled in these
+        yield Training(part="a", name=name, layout=_layout(1), steps=5, precision=precision, limit=90.0)
+    layouts = [(layout, precision) for precision, layouts in _LAYOUTS.items() for layout in layouts]
+    # The largest first, which nothing smaller replaces if time runs out.
+    for layout, precision in sorted(layouts, key=lambda pair: -pair[0].gpus):
+        name = f"{layout} {_WORDS[precision]}"
+        yield Training(part="a", name=name, layout=layout, steps=5, precision=precision, reference=one[precision])
 
 
 def _resharding() -> Iterator[Job]:
@@ -224,16 +243,16 @@ def _resharding() -> Iterator[Job]:
         (_layout(4, "tp2_pp2_sp", distributed=True), (_layout(4, distributed=True), _layout(2, "pp2"))),
         (_layout(8, "tp2_pp2_sp", distributed=True), (_layout(8, "tp4_pp2"), _layout(4, distributed=True))),
     )
-    for precision, word in (("32-true", "fp32"), ("bf16-mixed", "bf16")):
+    for precision, word in _WORDS.items():
         one = f"tp1 {word}"
-        yield Training(part="c", name=one, layout=_layout(1), steps=6, precision=precision, limit=90.0)  # type: ignore[arg-type]
-        for source, targets in ways:
+        yield Training(part="c", name=one, layout=_layout(1), steps=6, precision=precision, limit=90.0)
+        for source, targets in ways if precision == "32-true" else ways[::2]:
             file = f"{source} {word}".replace(" ", "-")
             yield Training(part="c", name=f"{source} {word}, saved", layout=source, steps=3, precision=precision,
-                           reference=one, save=file)  # type: ignore[arg-type]  # fmt: skip
+                           reference=one, save=file)  # fmt: skip
             for target in targets:
                 yield Training(part="c", name=f"{source} {word}, resumed as {target}", layout=target, steps=6,
-                               precision=precision, reference=one, load=file)  # type: ignore[arg-type]  # fmt: skip
+                               precision=precision, reference=one, load=file)  # fmt: skip
 
 
 def _generation() -> Iterator[Job]:
@@ -262,48 +281,68 @@ class _Model:
     name: str
     micro_batch_size: int
     all_layouts: bool = False
-    """Or those only that have a goal."""
+    """Or those only that both kinds of model are asked for."""
 
 
 _FULL = (_Model("gpt2-large", 8, all_layouts=True), _Model("llama-1b", 2), _Model("llama-7b-slice", 1))
 _TINY = (_Model("tiny-gpt2", 2, all_layouts=True), _Model("tiny-llama", 2))
+PIPELINED = 8
+"""Micro-batches of a pipeline's step."""
 GUIDE = 1.27
 """Seconds a step of gpt2-large, 48 x 1024 tokens at TP=2 x PP=2, on four A100s, as the guide's log has it."""
 
 
 def _speed(gpus: int, tiny: bool) -> Iterator[Job]:
-    for model in _TINY if tiny else _FULL:
+    models = _TINY if tiny else _FULL
+    for model in models:
         yield from _speed_of(model, gpus, tiny)
+    job = _jobs_of(models[0], tiny)
+    one = job(_layout(1), models[0].micro_batch_size, 1).name
+    # What overlap and sequence parallelism are worth.
+    yield job(_layout(2, distributed=True), models[0].micro_batch_size, 1, baseline=one)
+    yield job(_layout(2, "tp2"), 2 * models[0].micro_batch_size, 1, baseline=one)
+
+
+class _SpeedJob(Protocol):
+    def __call__(self, layout: Layout, micro_batch_size: int, count: int, **options: Any) -> Speed: ...
+
+
+def _jobs_of(model: _Model, tiny: bool) -> _SpeedJob:
+    def job(layout: Layout, micro_batch_size: int, count: int, **options: Any) -> Speed:
+        found = Speed(
+            part="b",
+            name=f"{model.name}, {layout}, {count} x {micro_batch_size}",
+            layout=layout,
+            limit=100.0,
+            model=model.name,
+            micro_batch_size=micro_batch_size,
+            num_micro_batches=count,
+            warm_up=5 if count == 1 else 4,
+            timed=8 if count == 1 else 5,
+            **options,
+        )
+        # Two processes on one CPU are no faster than one, so no efficiency is asked of them.
+        return replace(found, warm_up=1, timed=2, goal=None, published=None) if tiny else found
+
+    return job
 
 
 def _speed_of(model: _Model, gpus: int, tiny: bool) -> Iterator[Job]:
-    size = model.micro_batch_size
-    many = 8  # micro-batches of a pipeline
-
-    def job(layout: Layout, micro_batch_size: int, count: int, **options: object) -> Speed:
-        name = f"{model.name}, {layout}, {count} x {micro_batch_size}"
-        steps = {"warm_up": 1, "timed": 2} if tiny else {}
-        return Speed(part="b", name=name, layout=layout, model=model.name, micro_batch_size=micro_batch_size,
-                     num_micro_batches=count, limit=100.0, **{**steps, **options})  # type: ignore[arg-type]  # fmt: skip
-
+    size, many = model.micro_batch_size, PIPELINED
+    job = _jobs_of(model, tiny)
     # A pipeline is compared with as many micro-batches on one GPU, where the optimizer's part of a step is as small.
     one, one_of_many = job(_layout(1), size, 1), job(_layout(1), size, many)
     yield one
-    yield job(
-        _layout(2, distributed=True, overlap=True), size, 1, baseline=one.name, goal=0.9, profiled=True, limit=120.0
-    )
+    yield job(_layout(2, distributed=True, overlap=True), size, 1, baseline=one.name, goal=0.9, profiled=True)
     # Twice the samples, so that a GPU has as many tokens as alone.
     yield job(_layout(2, "tp2_sp"), 2 * size, 1, baseline=one.name, goal=0.85)
     yield one_of_many
     yield job(_layout(2, "pp2"), size, many, baseline=one_of_many.name, goal=0.85)
+    if model.all_layouts:
+        yield job(_layout(2, "pp2_vpp2"), size, many, baseline=one_of_many.name)
+        yield job(_layout(4, "tp2_pp2"), 2 if tiny else 6, many, published=GUIDE)
     yield job(_layout(4, "tp2_pp2_sp"), 2 * size, many, baseline=one_of_many.name)
-    if not model.all_layouts:
-        return
-    yield job(_layout(4, "tp2_pp2"), 2 if tiny else 6, many, published=None if tiny else GUIDE)
-    yield job(_layout(2, "pp2_vpp2"), size, many, baseline=one_of_many.name)
-    yield job(_layout(2, distributed=True), size, 1, baseline=one.name)
-    yield job(_layout(2, "tp2"), 2 * size, 1, baseline=one.name)
     if gpus > 2:
         yield job(_layout(gpus, distributed=True, overlap=True), size, 1, baseline=one.name, goal=0.9)
-    if gpus > 4:
+    if gpus > 4 and model.all_layouts:
         yield job(_layout(gpus, "tp2_pp2_sp", distributed=True), 2 * size, many, baseline=one_of_many.name)

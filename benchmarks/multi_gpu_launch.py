@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -51,6 +52,8 @@ class Failed:
     """It raised, died, hung, or went on beside a dead rank."""
 
     reason: str
+    detail: str = ""
+    """The end of what the ranks wrote."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,7 @@ class Group:
         self._directory = Path(tempfile.mkdtemp(prefix="group-", dir=setting.directory))
         self._events = Events(self._directory)
         (self._directory / "jobs.pickle").write_bytes(pickle.dumps((setting, list(jobs))))
+        self._setting = setting
         self._logs: list[IO[bytes]] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         self._running: int | None = None
@@ -83,7 +87,7 @@ class Group:
             self._processes.append(
                 subprocess.Popen(
                     [sys.executable, "-m", "benchmarks.multi_gpu_rank", str(self._directory)],
-                    env=_environment(rank),
+                    env=_environment(rank, self._setting),
                     cwd=ROOT,
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -129,15 +133,18 @@ class Group:
         if any(codes):
             time.sleep(1.0)  # what broke first may not be what is seen first
             broken = [rank for rank in range(len(codes)) if self._processes[rank].poll()]
-            return Failed("\n".join(f"rank {rank} ended with exit code {self._processes[rank].returncode}: {self._tail(rank)}" for rank in broken))
+            reasons = [
+                f"rank {rank} ended with {self._processes[rank].returncode}: {self._error(rank)}" for rank in broken
+            ]
+            return Failed("; ".join(reasons), self._tails(broken))
         if codes[0] == 0 and not self._events.unread:
-            return Failed(f"rank 0 ended without a result: {self._tail(0)}")
+            return Failed("rank 0 ended without a result", self._tails([0]))
         waited = time.monotonic() - self._since
         limit = START if self._running is None else job.limit
         if time.monotonic() > deadline:
             return NotRun("out of time" + (f", after {waited:.0f} s of it" if self._running is not None else ""))
         if waited > limit:
-            return Failed(f"hung: no result in {limit:.0f} s\n{self._where()}")
+            return Failed(f"hung: no result in {limit:g} s", self._where())
         return None
 
     def _kill_a_rank(self) -> Outcome:
@@ -149,8 +156,8 @@ class Group:
             time.sleep(_POLL)
         codes = [process.poll() for process in others]
         if None in codes:
-            return Failed(f"ranks beside the killed one were still there after {STOP_WITHIN:.0f} s\n{self._where()}")
-        errors = tuple(self._last_line(rank) for rank in range(len(others)))
+            return Failed(f"ranks beside the killed one were still there after {STOP_WITHIN:g} s", self._where())
+        errors = tuple(self._error(rank) for rank in range(len(others)))
         if 0 in codes:
             return Failed(f"a rank ended as if nothing had happened beside a killed one: {codes}")
         return Killed(time.monotonic() - began, tuple(code for code in codes if code is not None), errors)
@@ -161,21 +168,22 @@ class Group:
         for rank in alive:
             self._processes[rank].send_signal(signal.SIGUSR1)
         time.sleep(0.5)
-        return "\n".join(f"rank {rank}: {self._tail(rank)}" for rank in alive)
+        return self._tails(alive)
 
     def _log(self, rank: int) -> str:
         return (self._directory / f"rank{rank}.log").read_text(errors="replace")
 
-    def _tail(self, rank: int) -> str:
-        return self._log(rank)[-_TAIL:]
+    def _tails(self, ranks: Sequence[int]) -> str:
+        return "\n".join(f"--- rank {rank}\n{self._log(rank)[-_TAIL:]}" for rank in ranks)
 
-    def _last_line(self, rank: int) -> str:
-        lines = [line for line in self._log(rank).splitlines() if line.strip()]
-        errors = [line for line in lines if "Error" in line and not line.startswith(" ")]
+    def _error(self, rank: int) -> str:
+        """The last exception that a rank wrote, or its last line."""
+        lines = [line.strip() for line in self._log(rank).replace(f"[rank{rank}]: ", "").splitlines() if line.strip()]
+        errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
         return (errors or lines or [""])[-1][:200]
 
 
-def _environment(rank: int) -> dict[str, str]:
+def _environment(rank: int, setting: Setting) -> dict[str, str]:
     """torchrun's variables, on top of this process's; those of a job are added when it begins."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     return {
@@ -187,6 +195,7 @@ def _environment(rank: int) -> dict[str, str]:
         "GROUP_RANK": "0",
         "MASTER_ADDR": "127.0.0.1",
         "TORCHELASTIC_RUN_ID": "multi-gpu",
+        **({"CUDA_VISIBLE_DEVICES": ""} if setting.device == "cpu" else {}),
     }
 
 
@@ -202,6 +211,10 @@ def run_jobs(jobs: Sequence[Job], setting: Setting, deadline: float, heard: Call
     def told(job: Job, outcome: Outcome) -> None:
         waiting.remove(job)
         heard(job, outcome)
+        if isinstance(outcome, Failed):
+            for other in [other for other in waiting if other.needs(job)]:
+                if other in waiting:  # one that needs two jobs is told once
+                    told(other, NotRun(f"needs {job.name!r}, which failed"))
 
     while waiting:
         if time.monotonic() > deadline:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import faulthandler
 import gc
+import itertools
 import logging
 import os
 import pickle
@@ -35,10 +36,11 @@ from benchmarks.workloads import WORKLOADS, Batch, Workload
 from lightning_megatron.backends import core
 from lightning_megatron.callbacks import Heartbeat
 from lightning_megatron.callbacks.clock import Moment, now
+from lightning_megatron.callbacks.throughput import peak_flops
 
 PROFILED = 3
 GLOBAL_BATCH, MICRO_BATCH = 16, 2
-SILENCE = 30.0
+SILENCE = 20.0
 """Seconds without progress after which the ranks beside a killed one are freed."""
 PROMPTS = [[5, 17, 3, 90, 41], [7], [100, 1, 33, 58, 12, 6, 6, 71, 20], [9, 9, 9], [44, 2]]
 NEW_TOKENS = 20
@@ -204,7 +206,7 @@ class Clock(pl.Callback):
     def seconds(self, warm_up: int) -> list[float]:
         """Of each step between the warm-up and the profile."""
         timed = self.moments[warm_up - 1 : self._timed]
-        return [later.since(earlier) for earlier, later in zip(timed, timed[1:], strict=False)]
+        return [later.since(earlier) for earlier, later in itertools.pairwise(timed)]
 
 
 def measure(job: Speed, setting: Setting) -> dict[str, Any]:
@@ -237,7 +239,8 @@ def measure(job: Speed, setting: Setting) -> dict[str, Any]:
         "losses": [float(clock.losses[0]), float(clock.losses[-1])],
     }
     if setting.device == "cuda":
-        peak = lm.callbacks.throughput.peak_flops(trainer.strategy.root_device, "bf16-mixed")
+        peak = peak_flops(trainer.strategy.root_device, "bf16-mixed")
+        numbers["device"] = torch.cuda.get_device_name()
         numbers["mfu"] = rate * workload.flops_per_sample / peak if peak else None
         numbers["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     for kind, overlap in overlaps(clock.spans).items():
@@ -307,6 +310,8 @@ def main() -> None:
     setting: Setting
     jobs: list[Job]
     setting, jobs = pickle.loads((directory / "jobs.pickle").read_bytes())
+    if setting.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # or what comes before the strategy's would use the first
     events = Events(directory)
     for index, job in enumerate(jobs):
         if rank >= job.layout.gpus:

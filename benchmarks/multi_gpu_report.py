@@ -45,8 +45,8 @@ class Judge:
         match outcome:
             case NotRun(reason):
                 return _result(job, "not run", reason)
-            case Failed(reason):
-                return _result(job, "failed", reason)
+            case Failed(reason, detail):
+                return _result(job, "failed", reason, {"detail": detail})
             case Killed(after_s, exit_codes, errors):
                 numbers = {"others_stopped_after_s": round(after_s, 1), "exit_codes": exit_codes, "errors": errors}
                 return _result(job, "holds", f"the others stopped after {after_s:.1f} s: {errors[0]}", numbers)
@@ -62,10 +62,7 @@ class Judge:
         assert isinstance(job, Training | Generation)
         reference = outcome
         if job.reference is not None:
-            found = self._finished.get(f"{job.part}: {job.reference}")
-            if found is None:
-                return _result(job, "failed", f"{job.reference}, which it must equal, has no result")
-            reference = found
+            reference = self._finished[f"{job.part}: {job.reference}"]
         return _training(job, outcome, reference) if isinstance(job, Training) else _texts(job, outcome, reference)
 
     def _speed(self, job: Speed, outcome: Finished) -> Result:
@@ -112,11 +109,12 @@ def _training(job: Training, outcome: Finished, reference: Finished) -> Result:
     losses, norms = reference.ranks[0]["losses"], reference.ranks[0]["norms"]
     first = outcome.ranks[0]
     taken = len(first["losses"])
+    before = job.steps - taken
     numbers: dict[str, Any] = {
         "losses": first["losses"],
         "norms": first["norms"],
-        "loss_difference": max(_difference(rank["losses"], losses, tolerance) for rank in outcome.ranks),
-        "norm_difference": max(_difference(rank["norms"], norms, tolerance) for rank in outcome.ranks),
+        "loss_difference": max(_difference(rank["losses"], losses[before:], tolerance) for rank in outcome.ranks),
+        "norm_difference": max(_difference(rank["norms"], norms[before:], tolerance) for rank in outcome.ranks),
         "tolerance": asdict(tolerance),
         "wall_s": outcome.wall_s,
     }
@@ -143,8 +141,8 @@ def _learns(losses: Sequence[float]) -> bool:
 
 
 def _difference(found: Sequence[float], expected: Sequence[float], tolerance: Tolerance) -> float:
-    """The largest, where ``found`` are the last of the steps; not a number is infinitely far from all others."""
-    pairs = zip(reversed(found), reversed(expected), strict=False)
+    """The largest of all steps found; not a number is infinitely far from all others."""
+    pairs = zip(found, expected, strict=False)
     differences = [abs(a - b) / (abs(b) if tolerance.relative else 1.0) for a, b in pairs]
     return max((math.inf if math.isnan(x) else x for x in differences), default=math.inf)
 
@@ -167,6 +165,7 @@ def show(results: Sequence[Result]) -> None:
     """A table of all results."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("job", "status", "what", title="Several ranks", title_justify="left")
     for part, title in PARTS.items():
@@ -176,12 +175,5 @@ def show(results: Sequence[Result]) -> None:
             table.add_row(f"[bold]{part}: {title}[/bold]")
         for row in rows:
             style = STYLES.get(row.status, "")
-            table.add_row(row.job, f"[{style}]{row.status}[/{style}]" if style else row.status, _short(row.summary))
+            table.add_row(row.job, f"[{style}]{row.status}[/{style}]" if style else row.status, Text(row.summary))
     Console(width=150, highlight=False).print(table)
-
-
-def _short(text: str) -> Any:
-    from rich.text import Text
-
-    lines = text.strip().splitlines() or [""]
-    return Text(lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1]}")
