@@ -124,7 +124,7 @@ class Speed(Job):
     goal: float | None = None
     """Lowest efficiency that was asked for."""
     profiled: bool = False
-    """Whether the overlap of communication with other work is measured."""
+    """Whether kernels are listed, and the overlap of communication with other work."""
     published: float | None = None
     """Seconds a step that somebody else has measured for the same job."""
 
@@ -335,9 +335,9 @@ def _speed_of(model: _Model, gpus: int, tiny: bool) -> Iterator[Job]:
     yield one
     yield job(_layout(2, distributed=True, overlap=True), size, 1, baseline=one.name, goal=0.9, profiled=True)
     # Twice the samples, so that a GPU has as many tokens as alone.
-    yield job(_layout(2, "tp2_sp"), 2 * size, 1, baseline=one.name, goal=0.85)
+    yield job(_layout(2, "tp2_sp"), 2 * size, 1, baseline=one.name, goal=0.85, profiled=True)
     yield one_of_many
-    yield job(_layout(2, "pp2"), size, many, baseline=one_of_many.name, goal=0.85)
+    yield job(_layout(2, "pp2"), size, many, baseline=one_of_many.name, goal=0.85, profiled=True)
     if model.all_layouts:
         yield job(_layout(2, "pp2_vpp2"), size, many, baseline=one_of_many.name)
         yield job(_layout(4, "tp2_pp2"), 2 if tiny else 6, many, published=GUIDE)

@@ -1,12 +1,11 @@
-"""How much of the communication runs beside other work, from the kernels of a few steps."""
+"""What a device did in a few steps: its kernels, and how much of the communication ran beside other work."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 _KINDS = {"ReduceScatter": "reduce-scatter", "AllGather": "all-gather", "AllReduce": "all-reduce", "SendRecv": "p2p"}
 
@@ -31,6 +30,22 @@ class Overlap:
     def fraction(self) -> float:
         """Hidden part of the total."""
         return self.hidden / self.total if self.total else 0.0
+
+
+def summary(spans: Sequence[Span], steps: int) -> dict[str, Any]:
+    """Per step: communication and its hidden part, the kernels that took longest, and when any ran."""
+    busy = _union(spans)
+    total: Counter[str] = Counter()
+    for span in spans:
+        total[span.name[:80]] += span.end - span.start
+    return {
+        "overlap": {
+            kind: {"ms": round(overlap.total / 1e6 / steps, 3), "hidden": round(overlap.fraction, 4)}
+            for kind, overlap in overlaps(spans).items()
+        },
+        "busy": round(sum(end - start for start, end in busy) / (busy[-1][1] - busy[0][0]), 4),
+        "kernel_ms": {name: round(time / 1e6 / steps, 3) for name, time in total.most_common(8)},
+    }
 
 
 def overlaps(spans: Iterable[Span]) -> dict[str, Overlap]:
@@ -74,6 +89,8 @@ def _overlap(these: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]]
 
 def kernels(profiler: Any) -> list[Span]:
     """What ran on the device while ``torch.profiler.profile`` watched."""
+    import torch
+
     return [
         Span(event.name(), event.start_ns(), event.start_ns() + event.duration_ns())
         for event in profiler.profiler.kineto_results.events()

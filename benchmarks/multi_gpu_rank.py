@@ -31,7 +31,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 import lightning_megatron as lm
 from benchmarks.multi_gpu_events import Events, Setting
 from benchmarks.multi_gpu_jobs import Generation, Job, Layout, Speed, Training
-from benchmarks.multi_gpu_profile import kernels, overlaps
+from benchmarks.multi_gpu_profile import Span, kernels, summary
 from benchmarks.workloads import WORKLOADS, Batch, Workload
 from lightning_megatron.backends import core
 from lightning_megatron.callbacks import Heartbeat
@@ -182,7 +182,7 @@ class Clock(pl.Callback):
     def __init__(self, job: Speed) -> None:
         self.moments: list[Moment] = []
         self.losses: list[torch.Tensor] = []
-        self.spans: list[Any] = []
+        self.spans: list[Span] = []
         self._timed = job.warm_up + job.timed
         self._profiles = job.profiled and torch.cuda.is_available() and os.environ["RANK"] == "0"
         self._profiler: Any = None
@@ -214,8 +214,10 @@ def measure(job: Speed, setting: Setting) -> dict[str, Any]:
     workload = WORKLOADS[job.model]()
     module, clock = workload.module(), Clock(job)
     steps = job.warm_up + job.timed + (PROFILED + 1) * (job.profiled and setting.device == "cuda")
+    before = 0
     if setting.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()  # should be next to nothing, or an earlier job's is in the peak
     trainer = trainer_of(
         setting,
         strategy_of(job.layout, job.micro_batch_size),
@@ -242,13 +244,9 @@ def measure(job: Speed, setting: Setting) -> dict[str, Any]:
         peak = peak_flops(trainer.strategy.root_device, "bf16-mixed")
         numbers["device"] = torch.cuda.get_device_name()
         numbers["mfu"] = rate * workload.flops_per_sample / peak if peak else None
+        numbers["gib_before"] = before / 2**30
         numbers["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    for kind, overlap in overlaps(clock.spans).items():
-        numbers.setdefault("overlap", {})[kind] = {
-            "ms": overlap.total / 1e6 / PROFILED,
-            "hidden": overlap.fraction,
-        }
-    return numbers
+    return numbers | (summary(clock.spans, PROFILED) if clock.spans else {})
 
 
 # -------------------------------------------------------------------------------------------------- generation
