@@ -25,6 +25,8 @@ STOP_WITHIN = 90.0
 """Seconds within which the ranks beside a killed one must have stopped."""
 _POLL = 0.02
 _TAIL = 1500
+_STACKS = 4000
+"""Characters of a rank's log in a report; the innermost frames of a stack come first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,10 +167,11 @@ class Group:
     def _where(self) -> str:
         """The stacks of all ranks that are there, which they print when they are asked."""
         alive = [rank for rank, process in enumerate(self._processes) if process.poll() is None]
+        before = {rank: len(self._log(rank)) for rank in alive}
         for rank in alive:
             self._processes[rank].send_signal(signal.SIGUSR1)
-        time.sleep(0.5)
-        return self._tails(alive)
+        time.sleep(1.0)
+        return "\n".join(f"--- rank {rank}\n{self._log(rank)[before[rank] :][:_STACKS]}" for rank in alive)
 
     def _log(self, rank: int) -> str:
         return (self._directory / f"rank{rank}.log").read_text(errors="replace")
