@@ -174,13 +174,14 @@ def test_failures_and_hangs_do_not_stop_the_rest(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize(("ranks", "parts"), [(2, "abcde"), (4, "acde")])
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize(("ranks", "parts"), [(2, "abcde"), (4, "cde")])
 def test_whole_run(ranks: int, parts: str, tmp_path: Path) -> None:
     results = tmp_path / "results.jsonl"
     command = [sys.executable, "-m", "benchmarks.multi_gpu", "--device", "cpu", "--gpus", str(ranks)]
-    command += ["--minutes", "9", "--results", str(results), "--parts", *parts]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=560, check=False)
+    # Ten times what it takes on an idle machine, whose neighbours must not decide what is run.
+    command += ["--minutes", "22", "--results", str(results), "--parts", *parts]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1400, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     _, *lines = map(json.loads, results.read_text().splitlines())
     what = plan(parts, ranks, tiny=True)
