@@ -17,6 +17,7 @@ import pickle
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -300,10 +301,19 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def _end_with(driver: int) -> None:
+    while os.getppid() == driver:
+        time.sleep(1.0)
+    os._exit(1)
+
+
 def main() -> None:
     """Run the jobs that this rank takes part in."""
+    # A driver that is killed cannot end its ranks, which would keep their GPUs.
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # the driver asks a rank that hangs where it is
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_float32_matmul_precision("highest")  # TF32 is not fp32
     directory, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     setting: Setting
     jobs: list[Job]
