@@ -59,9 +59,9 @@ def _gpt(config: lm.GPTConfig, hugging_face: Callable[[], nn.Module]) -> Workloa
     )
 
 
-def gpt2(size: str) -> Workload:
-    """GPT-2 at sequence 1024."""
-    config = lm.GPTConfig.gpt2(size, **_OFF)  # type: ignore[arg-type]
+def gpt2(size: str, **changes: Any) -> Workload:
+    """GPT-2 at sequence 1024, unless changed."""
+    config = lm.GPTConfig.gpt2(size, **{**_OFF, **changes})  # type: ignore[arg-type]
 
     def hugging_face() -> nn.Module:
         from transformers import GPT2Config, GPT2LMHeadModel
@@ -85,17 +85,17 @@ def gpt2(size: str) -> Workload:
 
 
 def llama(**changes: Any) -> Workload:
-    """A Llama of a billion parameters at sequence 4096: RMSNorm, SwiGLU, grouped queries, and RoPE unless changed."""
-    config = lm.GPTConfig.llama(
-        num_layers=16,
-        hidden_size=2048,
-        num_attention_heads=32,
-        num_query_groups=8,
-        ffn_hidden_size=8192,
-        vocab_size=32000,
-        max_position_embeddings=4096,
-        **changes,
-    )
+    """A Llama, of a billion parameters and at sequence 4096 unless changed: RMSNorm, SwiGLU, grouped queries, RoPE."""
+    sizes = {
+        "num_layers": 16,
+        "hidden_size": 2048,
+        "num_attention_heads": 32,
+        "num_query_groups": 8,
+        "ffn_hidden_size": 8192,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+    }
+    config = lm.GPTConfig.llama(**{**sizes, **changes})
 
     def hugging_face() -> nn.Module:
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -205,11 +205,23 @@ def t5() -> Workload:
     )
 
 
+_LLAMA_7B: dict[str, Any] = {"hidden_size": 4096, "num_query_groups": 32, "ffn_hidden_size": 11008}
+_TINY: dict[str, Any] = {
+    "num_layers": 4,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "vocab_size": 512,
+    "max_position_embeddings": 32,
+}
+
 WORKLOADS: dict[str, Callable[[], Workload]] = {
     "gpt2-medium": lambda: gpt2("medium"),
     "gpt2-large": lambda: gpt2("large"),
     "llama-1b": llama,
     "llama-1b-alibi": lambda: llama(position_embedding_type="alibi"),
+    "llama-7b-slice": lambda: llama(num_layers=8, **_LLAMA_7B),
+    "tiny-gpt2": lambda: gpt2("small", **_TINY),
+    "tiny-llama": lambda: llama(num_query_groups=2, ffn_hidden_size=128, **_TINY),
     "bert-large": bert,
     "t5-large": t5,
 }

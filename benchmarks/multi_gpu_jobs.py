@@ -1,0 +1,348 @@
+"""What :mod:`benchmarks.multi_gpu` runs: its jobs, and which of them fit on so many GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol, override
+
+from lightning_megatron.layout import ParallelLayout
+
+PARTS = {
+    "a": "layouts equal one process",
+    "b": "speed",
+    "c": "checkpoints in another layout",
+    "d": "generation",
+    "e": "a killed rank",
+}
+Precision = Literal["32-true", "bf16-mixed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How a job's ranks are used."""
+
+    gpus: int
+    sizes: str = "tp1"
+    """The short form of :class:`~lightning_megatron.ParallelLayout`."""
+    distributed_optimizer: bool = False
+    overlap: bool = False
+    """Reduce gradients during the backward and, with the distributed optimizer, gather weights during the forward."""
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Replicas of the model."""
+        return ParallelLayout.parse(self.sizes).data_parallel_size(self.gpus)
+
+    def __str__(self) -> str:
+        replicas = self.data_parallel_size
+        parts = [self.sizes] * (self.sizes != "tp1" or replicas == 1) + [f"dp{replicas}"] * (replicas > 1)
+        words = [" distributed"] * self.distributed_optimizer + [" overlapped"] * self.overlap
+        return "_".join(parts) + "".join(words)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tolerance:
+    """How far losses and gradient norms may be from those of one process."""
+
+    loss: float
+    norm: float
+    relative: bool = False
+
+
+FP32 = Tolerance(loss=1e-5, norm=1e-4)
+BF16 = Tolerance(loss=2e-3, norm=2e-2, relative=True)
+TOLERANCES: dict[Precision, Tolerance] = {"32-true": FP32, "bf16-mixed": BF16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One thing that ranks do together."""
+
+    part: str
+    name: str
+    layout: Layout
+    limit: float = 60.0
+    """Seconds after which it counts as hung."""
+
+    @property
+    def key(self) -> str:
+        """Its name among all jobs."""
+        return f"{self.part}: {self.name}"
+
+    def needs(self, other: Job) -> bool:
+        """Whether it is of no use without the result of ``other``."""
+        return False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training(Job):
+    """A few steps of a small model, of which losses and gradient norms are compared."""
+
+    steps: int
+    """Optimizer steps at its end, those before a checkpoint included."""
+    reference: str | None = None
+    """Name of the job of this part that it must equal."""
+    precision: Precision = "32-true"
+    save: str | None = None
+    """Name of a checkpoint to write at its end."""
+    load: str | None = None
+    """Name of a checkpoint to go on from."""
+    checkpoints: str | None = None
+    """Name of a directory for a checkpoint of each step, from the last of which it goes on."""
+    kill_at: int | None = None
+    """The last rank is killed once this many steps are done; the others must stop with an error."""
+
+    @override
+    def needs(self, other: Job) -> bool:
+        loads = isinstance(other, Training) and self.load is not None and self.load == other.save
+        return self.part == other.part and (loads or self.reference == other.name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation(Job):
+    """Greedy continuations of a few prompts."""
+
+    reference: str | None = None
+
+    @override
+    def needs(self, other: Job) -> bool:
+        return self.part == other.part and self.reference == other.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed(Job):
+    """Steps of a model of :mod:`benchmarks.workloads`, timed."""
+
+    model: str
+    micro_batch_size: int
+    num_micro_batches: int = 1
+    warm_up: int = 5
+    timed: int = 8
+    baseline: str | None = None
+    """The job on one GPU whose tokens/s are an efficiency of 1."""
+    goal: float | None = None
+    """Lowest efficiency that was asked for."""
+    profiled: bool = False
+    """Whether kernels are listed, and the overlap of communication with other work."""
+    published: float | None = None
+    """Seconds a step that somebody else has measured for the same job."""
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A job that cannot run here, and why."""
+
+    job: Job
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What runs, part by part in this order, and what does not."""
+
+    jobs: tuple[Job, ...]
+    skipped: tuple[Skipped, ...] = field(default=())
+
+    def part(self, part: str) -> tuple[Job, ...]:
+        """The jobs of one part."""
+        return tuple(job for job in self.jobs if job.part == part)
+
+
+def plan(parts: Sequence[str], gpus: int, *, tiny: bool) -> Plan:
+    """The jobs of these parts that so many GPUs can run."""
+    run: list[Job] = []
+    skipped: list[Skipped] = []
+    for job in (job for part in sorted(set(parts), key=ORDER.index) for job in _jobs(part, gpus, tiny)):
+        missing = next((other.job for other in skipped if job.needs(other.job)), None)
+        if job.layout.gpus > gpus:
+            skipped.append(Skipped(job, f"needs {job.layout.gpus} ranks, there are {gpus}"))
+        elif missing is not None:
+            skipped.append(Skipped(job, f"needs {missing.name!r}, which is skipped"))
+        else:
+            run.append(job)
+    return Plan(tuple(run), tuple(skipped))
+
+
+ORDER = ("a", "c", "d", "e", "b")
+"""Speed comes last: it takes what time there is."""
+SHARES = {"a": 0.25, "c": 0.12, "d": 0.08, "e": 0.2, "b": 0.35}
+"""Of the time; what a part leaves is shared by those after it."""
+
+
+def _jobs(part: str, gpus: int, tiny: bool) -> Iterator[Job]:
+    if part == "a":
+        yield from _equivalence()
+    elif part == "b":
+        yield from _speed(gpus, tiny)
+    elif part == "c":
+        yield from _resharding()
+    elif part == "d":
+        yield from _generation()
+    else:
+        yield from _killed(gpus)
+
+
+def _layout(gpus: int, sizes: str = "tp1", *, distributed: bool = False, overlap: bool = False) -> Layout:
+    return Layout(gpus=gpus, sizes=sizes, distributed_optimizer=distributed, overlap=overlap)
+
+
+_FP32_LAYOUTS = (
+    _layout(2, "tp2"),
+    _layout(2, "tp2_sp"),
+    _layout(2, "pp2"),
+    _layout(2, "pp2_vpp2"),
+    _layout(2, "cp2"),
+    _layout(2),
+    _layout(2, distributed=True),
+    _layout(2, distributed=True, overlap=True),
+    _layout(2, overlap=True),
+    _layout(4, "tp2_pp2"),
+    _layout(4, "tp2_pp2_sp", distributed=True),
+    _layout(4, "tp2_pp2_vpp2_sp"),
+    _layout(4, "tp2_sp", distributed=True, overlap=True),
+    _layout(4, "pp2", distributed=True),
+    _layout(4, "pp2_vpp2", distributed=True, overlap=True),
+    _layout(4, "pp4"),
+    _layout(4, "tp4"),
+    _layout(4, distributed=True),
+    _layout(8, "tp2_pp2_sp", distributed=True, overlap=True),
+    _layout(8, "tp4_pp2_sp"),
+    _layout(8, "tp2_pp4_sp"),
+    _layout(8, "tp2_cp2_sp", distributed=True),
+    _layout(8, distributed=True, overlap=True),
+)
+_BF16_LAYOUTS = (
+    _layout(2, "tp2_sp"),
+    _layout(2, "pp2_vpp2"),
+    _layout(2, distributed=True, overlap=True),
+    _layout(4, "tp2_pp2_sp", distributed=True),
+    _layout(4, "pp2", distributed=True, overlap=True),
+    _layout(8, "tp2_pp2_sp", distributed=True, overlap=True),
+)
+_LAYOUTS: dict[Precision, tuple[Layout, ...]] = {"32-true": _FP32_LAYOUTS, "bf16-mixed": _BF16_LAYOUTS}
+_WORDS: dict[Precision, str] = {"32-true": "fp32", "bf16-mixed": "bf16"}
+
+
+def _equivalence() -> Iterator[Job]:
+    one = {precision: f"tp1 {word}" for precision, word in _WORDS.items()}
+    for precision, name in one.items():  # kernels are compiled in these
+        yield Training(part="a", name=name, layout=_layout(1), steps=5, precision=precision, limit=90.0)
+    layouts = [(layout, precision) for precision, layouts in _LAYOUTS.items() for layout in layouts]
+    # The largest first, which nothing smaller replaces if time runs out.
+    for layout, precision in sorted(layouts, key=lambda pair: -pair[0].gpus):
+        name = f"{layout} {_WORDS[precision]}"
+        yield Training(part="a", name=name, layout=layout, steps=5, precision=precision, reference=one[precision])
+
+
+def _resharding() -> Iterator[Job]:
+    """Three steps in one layout and three in another are six of one process."""
+    ways = (
+        (_layout(2, "tp2_sp"), (_layout(2, "pp2_vpp2"), _layout(1))),
+        (_layout(2, distributed=True, overlap=True), (_layout(2, "tp2"),)),
+        (_layout(4, "tp2_pp2_sp", distributed=True), (_layout(4, distributed=True), _layout(2, "pp2"))),
+        (_layout(8, "tp2_pp2_sp", distributed=True), (_layout(8, "tp4_pp2"), _layout(4, distributed=True))),
+    )
+    for precision, word in _WORDS.items():
+        one = f"tp1 {word}"
+        yield Training(part="c", name=one, layout=_layout(1), steps=6, precision=precision, limit=90.0)
+        for source, targets in ways if precision == "32-true" else ways[::2]:
+            file = f"{source} {word}".replace(" ", "-")
+            yield Training(part="c", name=f"{source} {word}, saved", layout=source, steps=3, precision=precision,
+                           reference=one, save=file)  # fmt: skip
+            for target in targets:
+                yield Training(part="c", name=f"{source} {word}, resumed as {target}", layout=target, steps=6,
+                               precision=precision, reference=one, load=file)  # fmt: skip
+
+
+def _generation() -> Iterator[Job]:
+    yield Generation(part="d", name="tp1", layout=_layout(1), limit=90.0)
+    for layout in (
+        _layout(2, "tp2"),
+        _layout(2, "pp2"),
+        _layout(2),
+        _layout(4, "tp2_pp2_sp"),
+        _layout(8, "tp2_pp2_sp"),
+    ):
+        yield Generation(part="d", name=str(layout), layout=layout, reference="tp1")
+
+
+def _killed(gpus: int) -> Iterator[Job]:
+    layout = _layout(4, "tp2_pp2_sp") if gpus >= 4 else _layout(2, "tp2_sp")
+    name, steps = f"{layout}", 30
+    yield Training(part="e", name=f"{name}, uninterrupted", layout=layout, steps=steps, limit=90.0)
+    yield Training(part="e", name=f"{name}, killed", layout=layout, steps=steps, checkpoints="killed", kill_at=4)
+    yield Training(part="e", name=f"{name}, resumed", layout=layout, steps=steps, checkpoints="killed",
+                   reference=f"{name}, uninterrupted", limit=90.0)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    name: str
+    micro_batch_size: int
+    all_layouts: bool = False
+    """Or those only that both kinds of model are asked for."""
+
+
+_FULL = (_Model("gpt2-large", 8, all_layouts=True), _Model("llama-1b", 2), _Model("llama-7b-slice", 1))
+_TINY = (_Model("tiny-gpt2", 2, all_layouts=True), _Model("tiny-llama", 2))
+PIPELINED = 8
+"""Micro-batches of a pipeline's step."""
+GUIDE = 1.27
+"""Seconds a step of gpt2-large, 48 x 1024 tokens at TP=2 x PP=2, on four A100s, as the guide's log has it."""
+
+
+def _speed(gpus: int, tiny: bool) -> Iterator[Job]:
+    models = _TINY if tiny else _FULL
+    for model in models:
+        yield from _speed_of(model, gpus, tiny)
+    job = _jobs_of(models[0], tiny)
+    one = job(_layout(1), models[0].micro_batch_size, 1).name
+    # What overlap and sequence parallelism are worth.
+    yield job(_layout(2, distributed=True), models[0].micro_batch_size, 1, baseline=one)
+    yield job(_layout(2, "tp2"), 2 * models[0].micro_batch_size, 1, baseline=one)
+
+
+class _SpeedJob(Protocol):
+    def __call__(self, layout: Layout, micro_batch_size: int, count: int, **options: Any) -> Speed: ...
+
+
+def _jobs_of(model: _Model, tiny: bool) -> _SpeedJob:
+    def job(layout: Layout, micro_batch_size: int, count: int, **options: Any) -> Speed:
+        found = Speed(
+            part="b",
+            name=f"{model.name}, {layout}, {count} x {micro_batch_size}",
+            layout=layout,
+            limit=100.0,
+            model=model.name,
+            micro_batch_size=micro_batch_size,
+            num_micro_batches=count,
+            warm_up=5 if count == 1 else 4,
+            timed=8 if count == 1 else 5,
+            **options,
+        )
+        # Two processes on one CPU are no faster than one, so no efficiency is asked of them.
+        return replace(found, warm_up=1, timed=2, goal=None, published=None) if tiny else found
+
+    return job
+
+
+def _speed_of(model: _Model, gpus: int, tiny: bool) -> Iterator[Job]:
+    size, many = model.micro_batch_size, PIPELINED
+    job = _jobs_of(model, tiny)
+    # A pipeline is compared with as many micro-batches on one GPU, where the optimizer's part of a step is as small.
+    one, one_of_many = job(_layout(1), size, 1), job(_layout(1), size, many)
+    yield one
+    yield job(_layout(2, distributed=True, overlap=True), size, 1, baseline=one.name, goal=0.9, profiled=True)
+    # Twice the samples, so that a GPU has as many tokens as alone.
+    yield job(_layout(2, "tp2_sp"), 2 * size, 1, baseline=one.name, goal=0.85, profiled=True)
+    yield one_of_many
+    yield job(_layout(2, "pp2"), size, many, baseline=one_of_many.name, goal=0.85, profiled=True)
+    if model.all_layouts:
+        yield job(_layout(2, "pp2_vpp2"), size, many, baseline=one_of_many.name)
+        yield job(_layout(4, "tp2_pp2"), 2 if tiny else 6, many, published=GUIDE)
+    yield job(_layout(4, "tp2_pp2_sp"), 2 * size, many, baseline=one_of_many.name)
+    if gpus > 2:
+        yield job(_layout(gpus, distributed=True, overlap=True), size, 1, baseline=one.name, goal=0.9)
+    if gpus > 4 and model.all_layouts:
+        yield job(_layout(gpus, "tp2_pp2_sp", distributed=True), 2 * size, many, baseline=one_of_many.name)
