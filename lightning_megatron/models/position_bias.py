@@ -22,6 +22,9 @@ from lightning_megatron.models.shared_bias import SharedBias
 # `[heads, 2 * length - 1]`, whose middle column is distance zero; attention looks distances up in it.
 
 
+_LENGTHS_KEPT = 4
+
+
 def distances(length: int, device: torch.device) -> Tensor:
     """Key position minus query position of each column of a bias by distance, ``[2 * length - 1]``."""
     return torch.arange(1 - length, length, device=device)
@@ -102,7 +105,7 @@ class RelativePositionBias(CoreModule):
             self.weight.shared_embedding = True  # type: ignore[attr-defined]
             self.weight.shared = not canonical  # type: ignore[attr-defined]
         self._buckets: Tensor | None = None
-        self._shared: SharedBias | None = None
+        self._shared: dict[tuple[int, torch.dtype, torch.device], SharedBias] = {}
         self._groups, self._canonical = groups, canonical
 
     def sharded_state_dict(
@@ -124,13 +127,15 @@ class RelativePositionBias(CoreModule):
 
     def shared(self, length: int, dtype: torch.dtype) -> SharedBias:
         """The bias of the weight as it is now, which layers add without asking autograd for its gradient."""
-        heads, device = self.weight.size(1), self.weight.device
-        kept = self._shared
-        if kept is None or (kept.length, kept.scores.dtype, kept.scores.device) != (length, dtype, device):
-            kept = self._shared = SharedBias(heads, length, dtype, device)
+        key = length, dtype, self.weight.device
+        # Those of a few lengths stay where they are, since recorded layers know the addresses.
+        bias = self._shared.pop(key, None) or SharedBias(self.weight.size(1), *key)
+        self._shared[key] = bias
+        while len(self._shared) > _LENGTHS_KEPT:
+            del self._shared[next(iter(self._shared))]
         with torch.no_grad():
-            kept.fill(self.rows(length))
-        return kept
+            bias.fill(self.rows(length))
+        return bias
 
     def weight_gradient(self, rows: Tensor) -> Tensor:
         """The gradient of the weight from one of ``[heads, 2 * length - 1]`` biases."""

@@ -269,20 +269,18 @@ class T5Chunk(VocabularyLoss):
     ) -> Tensor:
         """One stack's layers and its norm, ``[sequence, batch, hidden]`` to the same."""
         checkpoint = self.config.recompute_granularity == "full" and self.training
+        shared = bias if isinstance(bias, SharedBias) else None
+        rows = None if isinstance(bias, SharedBias) else bias
         for index, layer in enumerate(stack.layers):
             # All tensors that need gradients are arguments, not captured: a captured one would get none from the
             # recomputation.
             def run(
-                states: Tensor,
-                bias: Tensor | SharedBias | None,
-                context: Tensor | None,
-                *,
-                layer: torch.nn.Module = layer,
+                states: Tensor, rows: Tensor | None, context: Tensor | None, *, layer: torch.nn.Module = layer
             ) -> Tensor:
                 output, _ = layer(
                     hidden_states=states,
                     attention_mask=mask,
-                    attention_bias=bias,
+                    attention_bias=rows if shared is None else shared,
                     context=context,
                     context_mask=context_mask,
                 )
@@ -290,9 +288,9 @@ class T5Chunk(VocabularyLoss):
 
             block = self.config.recompute_method == "block" and index >= self.config.recompute_num_layers
             if checkpoint and not block:
-                states = tensor_parallel.checkpoint(run, False, states, bias, context)
+                states = tensor_parallel.checkpoint(run, False, states, rows, context)
             else:
-                states = run(states, bias, context)
+                states = run(states, rows, context)
         if stack.final_layernorm is None:
             return states
         return F.dropout(stack.final_layernorm(states), self.config.hidden_dropout, self.training)

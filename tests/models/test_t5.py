@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -145,8 +146,9 @@ def test_fused_dropouts_are_the_same_forward_and_backward(ranks: RankPool) -> No
         assert by_gradient == pytest.approx(by_values, rel=5e-3)
 
 
-def test_recompute_changes_nothing(ranks: RankPool) -> None:
-    full = partial(make, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+@pytest.mark.parametrize("build", [make, make_fused])
+def test_recompute_changes_nothing(ranks: RankPool, build: Callable[..., T5Module]) -> None:
+    full = partial(build, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     (reference,) = ranks.run(fit, 1, make, batch(), {})
     for run in ranks.run(fit, 2, full, batch(), {"pp": 2}):
         assert_same(run, reference)
