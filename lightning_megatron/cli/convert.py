@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from lightning_megatron.interop.convert import DTYPES, Conversion, convert, open_model, read_model_config, structure
+    from lightning_megatron.interop.sharded_checkpoint import ShardedCheckpoint
 
     config = None if args.model_config is None else read_model_config(args.model_config)
     if args.print_checkpoint_structure:
@@ -91,7 +92,8 @@ def _run(args: argparse.Namespace) -> int:
         progress=sys.stderr.isatty() or sys.stdout.isatty(),
     )
     source = convert(job)
-    print(f"{args.save_path} is written.")
+    merged = isinstance(source, ShardedCheckpoint) and source.lora is not None
+    print(f"{args.save_path} is written{', with adapters merged into the weights' if merged else ''}.")
     if not args.verify:
         return 0
     from lightning_megatron.interop.verify import compare
