@@ -60,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
     from lightning_megatron.errors import CheckpointError, DataError
 
     try:
+        if args.prompts is not None and not args.prompts.is_file():
+            raise ValueError(f"There is no file --prompts={args.prompts}. Give one with a prompt on each line.")
         texts = [*args.prompt, *(args.prompts.read_text().splitlines() if args.prompts else [])]
         if not texts:
             raise ValueError("Give at least one --prompt, or --prompts with a file of them.")
