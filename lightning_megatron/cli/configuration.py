@@ -141,16 +141,20 @@ def _messages() -> Iterator[None]:
 
 
 def _of_lightning(error: Exception) -> str | None:
-    """What Lightning says against an argument of an object that Hydra makes, if it is that."""
+    """What Lightning says against an argument, or a package that is missing, of an object that Hydra makes."""
     if not isinstance(error, InstantiationException):
         return None
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, MisconfigurationException):
+    while cause is not None and not isinstance(cause, (MisconfigurationException, ModuleNotFoundError)):
         cause = cause.__cause__
-    field = str(error).rpartition("full_key: ")[2]
-    return None if cause is None else f"{field}: {cause} Change {field}.*, which --cfg job --package {field} shows."
+    if cause is None:
+        return None
+    field, said = str(error).rpartition("full_key: ")[2], str(cause).strip()
+    if isinstance(cause, ModuleNotFoundError):
+        return f"{field}: {said}"
+    return f"{field}: {said} Change {field}.*, which --cfg job --package {field} shows."
 
 
 def _rank() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import subprocess
 import sys
@@ -169,6 +170,20 @@ def test_what_lightning_refuses_is_one_line(capsys: Any, monkeypatch: Any, tmp_p
     code, _, err = answer(capsys, "pretrain", "data.data_path=x", "trainer.accelerator=gpu")
     shown = "Change trainer.*, which --cfg job --package trainer shows."
     assert (code, err) == (1, f"error: trainer: No supported gpu backend found! {shown}\n")
+
+
+@pytest.mark.parametrize("package", ["wandb", "mlflow"])
+def test_a_logger_that_is_not_installed(capsys: Any, monkeypatch: Any, tmp_path: Path, package: str) -> None:
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    monkeypatch.chdir(tmp_path)
+    code, _, err = answer(capsys, "pretrain", "data.data_path=x", f"logger={package}")
+    assert code == 1
+    assert err.startswith(f"error: logger.{package}: ")
+    assert "pip install" in err
+    assert len(err.splitlines()) == 1
 
 
 def test_preflight(tmp_path: Path) -> None:

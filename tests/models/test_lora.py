@@ -113,6 +113,18 @@ def test_training_and_export(ranks: RankPool, name: str, tmp_path: Path) -> None
         check_files(name, tiny.build(name), batch, after, tmp_path / layout)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2"])
+def test_peft_loads_the_adapter(ranks: RankPool, name: str, tmp_path: Path) -> None:
+    """On top of the model that was trained on, it gives the logits of the trained one."""
+    peft = pytest.importorskip("peft")
+    model, batch = tiny.save(name, tmp_path / "theirs"), tiny.batch(name)
+    before = tiny.outputs(model, batch)[1]
+    after = run(ranks, "tp2_sp", tmp_path / "theirs", batch, tmp_path)[0][3]
+    found = tiny.outputs(peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval(), batch)[1]
+    torch.testing.assert_close(found, after, atol=2e-5, rtol=0)
+    assert (found - before).abs().max() > 1e-2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["tp2", "tp2_pp2"])
 @pytest.mark.parametrize("changes", [{}, {"recompute_granularity": "full"}], ids=["plain", "recompute"])
