@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 import lightning_megatron as lm
 from lightning_megatron.checkpoint.run_state import MASTER
 from lightning_megatron.checkpoint.shard_files import ShardFiles
-from lightning_megatron.cli.main import main
 from lightning_megatron.lora import LINEARS, is_adapter
 from tests.checkpoint.runs import Case, make_trainer
+from tests.cli.test_convert import command
 from tests.helpers import Record, SharedLoader, quiet_trainer, tiny_config
 from tests.interop import tiny
 from tests.models.runs import Batch, Shared, strategy
@@ -147,7 +147,7 @@ def restored(path: str, layout: dict[str, Any], batch: Batch, checkpoint: str, f
     return found, tokens
 
 
-def test_checkpoints_and_generation(ranks: RankPool, tmp_path: Path, capsys: Any) -> None:
+def test_checkpoints_and_generation(ranks: RankPool, tmp_path: Path) -> None:
     """Adapters of TP=2 load at PP=2, beside a request for fused layers; decoding uses them, `convert` merges them."""
     tiny.save("llama", tmp_path / "theirs")
     batch = tiny.batch("llama")
@@ -157,14 +157,14 @@ def test_checkpoints_and_generation(ranks: RankPool, tmp_path: Path, capsys: Any
         for found, tokens in ranks.run(restored, 2, *arguments):
             torch.testing.assert_close(found, after, atol=2e-5, rtol=0)
             assert tokens == (int(after[0, -1].argmax()),)
-    convert_and_compare(tmp_path, capsys)
+    convert_and_compare(ranks, tmp_path)
 
 
-def convert_and_compare(path: Path, capsys: Any) -> None:
-    """Adapters are merged without ranks into the weights that all ranks together write; ``--verify`` agrees."""
-    arguments = ["--load-path", str(path / "last.ckpt"), "--save-path", str(path / "hub"), "--to", "huggingface"]
-    assert main(["convert", *arguments, "--verify"]) == 0
-    out = capsys.readouterr().out
+def convert_and_compare(ranks: RankPool, path: Path) -> None:
+    """One process merges adapters into the weights that all ranks together write; ``--verify`` agrees."""
+    arguments = ["--load-path", path / "last.ckpt", "--save-path", path / "hub", "--to", "huggingface", "--verify"]
+    [(code, out, err)] = ranks.run(command, 1, *arguments)
+    assert code == 0, err
     assert "hub is written, with adapters merged into the weights." in out
     assert "the same model" in out
     converted, gathered = (load_file(path / name / "model.safetensors") for name in ("hub", "merged"))
