@@ -136,6 +136,9 @@ def test_more_layouts(ranks: RankPool, layout: str, changes: dict[str, Any], tmp
     found = run(ranks, layout, tmp_path / "theirs", batch, tmp_path / layout, **changes)[0]
     torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(reference[0]), atol=1e-5, rtol=0)
     check_files("llama", model, batch, found[3], tmp_path / layout)
+    [(code, out, err)] = ranks.run(command, 1, *conversion(tmp_path / layout), "--verify")
+    assert code == 0, err
+    assert "the same model" in out
 
 
 def restored(path: str, layout: dict[str, Any], batch: Batch, checkpoint: str, fused: bool) -> Any:
@@ -157,20 +160,19 @@ def test_checkpoints_and_generation(ranks: RankPool, tmp_path: Path) -> None:
         for found, tokens in ranks.run(restored, 2, *arguments):
             torch.testing.assert_close(found, after, atol=2e-5, rtol=0)
             assert tokens == (int(after[0, -1].argmax()),)
-    convert_and_compare(ranks, tmp_path)
-
-
-def convert_and_compare(ranks: RankPool, path: Path) -> None:
-    """One process merges adapters into the weights that all ranks together write; ``--verify`` agrees."""
-    arguments = ["--load-path", path / "last.ckpt", "--save-path", path / "hub", "--to", "huggingface", "--verify"]
-    [(code, out, err)] = ranks.run(command, 1, *arguments)
+    # One process merges them into the weights that all ranks together wrote.
+    code, out, err = command(*conversion(tmp_path))
     assert code == 0, err
     assert "hub is written, with adapters merged into the weights." in out
-    assert "the same model" in out
-    converted, gathered = (load_file(path / name / "model.safetensors") for name in ("hub", "merged"))
+    converted, gathered = (load_file(tmp_path / name / "model.safetensors") for name in ("hub", "merged"))
     assert converted.keys() == gathered.keys()
     for name, tensor in gathered.items():
         torch.testing.assert_close(converted[name], tensor, atol=1e-6, rtol=0)
+
+
+def conversion(path: Path) -> list[Any]:
+    """Arguments of ``convert`` for the checkpoint of a training."""
+    return ["--load-path", path / "last.ckpt", "--save-path", path / "hub", "--to", "huggingface"]
 
 
 class SaveAt(pl.Callback):
