@@ -9,6 +9,7 @@ import inspect
 import sys
 import types
 import typing
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -62,6 +63,8 @@ def recipe(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callabl
         def checked(config: DictConfig) -> None:
             with _messages():
                 check(config)
+                # Lightning warns of data that has no validation part, which is no mistake.
+                warnings.filterwarnings("ignore", message="Total length of `ReplicaDataLoader` across ranks is zero")
                 function(config)
 
         run = hydra.main(config_path=str(conf_dir()), config_name=config_name, version_base="1.3")(checked)

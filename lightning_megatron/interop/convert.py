@@ -299,7 +299,9 @@ def read_model_config(path: Path) -> TransformerModelConfig:
 
 
 def structure(model: CoreModel) -> Iterator[str]:
-    """One line for each tensor: its name, shape and type."""
-    width = max(map(len, model.specs))
-    for name, (shape, dtype) in model.specs.items():
+    """One line for each tensor: its name, shape and type. Adapters come last."""
+    adapters = model.adapters if isinstance(model, ShardedCheckpoint) else {}
+    listed = {**model.specs, **adapters}
+    width = max(map(len, listed))
+    for name, (shape, dtype) in listed.items():
         yield f"{name:<{width}}  {str(dtype).removeprefix('torch.'):<9} {list(shape)}"

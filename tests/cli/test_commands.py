@@ -141,6 +141,7 @@ def test_wrong_values(capsys: Any, arguments: tuple[str, ...], code: int, messag
         (("pretrain", "data.data_path=/no/such", "ckpt_path=last.ckpt"), 1, "do not exist"),
         (("finetune", "pretrained=/no/such", "data.train_path=x", "save_path=y"), 1, "/no/such does not exist"),
         (("demo", "--help"), 0, "--steps"),
+        (("demo", "--steps", "0"), 2, "--steps=0, but must be at least 1"),
         (("demo", "--stepz", "3"), 2, "unrecognized arguments"),
     ],
 )

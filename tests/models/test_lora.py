@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import lightning_megatron as lm
 from lightning_megatron.checkpoint.run_state import MASTER
 from lightning_megatron.checkpoint.shard_files import ShardFiles
+from lightning_megatron.interop.convert import open_model, structure
 from lightning_megatron.lora import LINEARS, is_adapter
 from tests.checkpoint.runs import Case, make_trainer
 from tests.cli.test_convert import command
@@ -31,6 +32,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2": {"pp": 2},
     "tp2_pp2": {"tp": 2, "pp": 2, "sp": True},
 }
+FC1_B = "decoder.layers.0.mlp.linear_fc1.adapter.lora_B"
 LORA = lm.LoRAConfig(rank=4, alpha=12, target_modules=LINEARS)
 
 
@@ -164,6 +166,8 @@ def test_checkpoints_and_generation(ranks: RankPool, tmp_path: Path) -> None:
     code, out, err = command(*conversion(tmp_path))
     assert code == 0, err
     assert "hub is written, with adapters merged into the weights." in out
+    listed = [line.split() for line in structure(open_model(tmp_path / "last.ckpt"))]
+    assert [FC1_B, "float32", "[96,", "4]"] in listed
     converted, gathered = (load_file(tmp_path / name / "model.safetensors") for name in ("hub", "merged"))
     assert converted.keys() == gathered.keys()
     for name, tensor in gathered.items():
