@@ -157,6 +157,19 @@ def test_recipes_as_commands(
     assert len(err.splitlines()) <= 12
 
 
+def test_other_ranks_say_which_they_are(capsys: Any, monkeypatch: Any) -> None:
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(rank_zero_only, "rank", 3)
+    assert answer(capsys, "pretrain", "trainer.max_step=3")[2].startswith("error on rank 3: There is no field")
+
+
+def test_the_package_runs_as_the_command() -> None:
+    command = [sys.executable, "-m", "lightning_megatron", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == lm.__version__
+
+
 def test_a_reader_who_has_enough() -> None:
     command = f"{sys.executable} -m lightning_megatron.cli.main pretrain --help | true; exit ${{PIPESTATUS[0]}}"
     run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
