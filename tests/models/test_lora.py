@@ -211,6 +211,7 @@ def straight_and_resumed(ranks: RankPool, case: Case, lora: lm.LoRAConfig, path:
 
 
 ONE = Case()
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 PP2_VPP2 = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
 TP2 = {"tensor_model_parallel_size": 2}
 TP2_SP = {**TP2, "sequence_parallel": True}
@@ -219,8 +220,14 @@ TP2_SP = {**TP2, "sequence_parallel": True}
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
-    [Case(2), Case(2, distributed=True), Case(2, PP2_VPP2), Case(4, TP2_SP, distributed=True)],
-    ids=["dp2", "dp2_distributed", "pp2_vpp2", "tp2_sp_dp2_distributed"],
+    [
+        Case(2),
+        Case(2, distributed=True, ddp=OVERLAP),
+        Case(2, PP2_VPP2),
+        Case(4, PP2_VPP2, distributed=True, ddp=OVERLAP),
+        Case(4, TP2_SP, distributed=True),
+    ],
+    ids=["dp2", "dp2_distributed_overlap", "pp2_vpp2", "pp2_vpp2_dp2_distributed_overlap", "tp2_sp_dp2_distributed"],
 )
 def test_replicas_and_virtual_stages(ranks: RankPool, case: Case, tmp_path: Path) -> None:
     """The training of one process, which goes on from the checkpoint of any."""
