@@ -226,8 +226,16 @@ TP2_SP = {**TP2, "sequence_parallel": True}
         Case(2, PP2_VPP2),
         Case(4, PP2_VPP2, distributed=True, ddp=OVERLAP),
         Case(4, TP2_SP, distributed=True),
+        Case(2, {"context_parallel_size": 2}),
     ],
-    ids=["dp2", "dp2_distributed_overlap", "pp2_vpp2", "pp2_vpp2_dp2_distributed_overlap", "tp2_sp_dp2_distributed"],
+    ids=[
+        "dp2",
+        "dp2_distributed_overlap",
+        "pp2_vpp2",
+        "pp2_vpp2_dp2_distributed_overlap",
+        "tp2_sp_dp2_distributed",
+        "cp2",
+    ],
 )
 def test_replicas_and_virtual_stages(ranks: RankPool, case: Case, tmp_path: Path) -> None:
     """The training of one process, which goes on from the checkpoint of any."""
