@@ -147,17 +147,18 @@ class ParallelLayout:
     ) -> None:
         """Raise :class:`LayoutError` unless a Transformer of these sizes can be split this way."""
         tp, pp = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
-        if num_attention_heads % tp:
-            raise LayoutError(
-                f"num_attention_heads={num_attention_heads} is not divisible by tensor_model_parallel_size={tp}."
-            )
-        groups = num_query_groups or num_attention_heads
-        if groups % tp and tp % groups:
-            raise LayoutError(
-                f"num_query_groups={groups} neither divides nor is divisible by tensor_model_parallel_size={tp}."
-            )
-        if ffn_hidden_size is not None and ffn_hidden_size % tp:
-            raise LayoutError(f"ffn_hidden_size={ffn_hidden_size} is not divisible by tensor_model_parallel_size={tp}.")
+        groups, ffn = num_query_groups or num_attention_heads, ffn_hidden_size or 0
+
+        def wrong(size: int) -> str | None:
+            if num_attention_heads % size:
+                return f"num_attention_heads={num_attention_heads} is not divisible by"
+            if groups % size and size % groups:
+                return f"num_query_groups={groups} neither divides nor is divisible by"
+            return f"ffn_hidden_size={ffn} is not divisible by" if ffn % size else None
+
+        if wrong(tp):
+            fit = ", ".join(str(size) for size in range(1, num_attention_heads + 1) if not wrong(size))
+            raise LayoutError(f"{wrong(tp)} tensor_model_parallel_size={tp}. Sizes that fit the model: {fit}.")
         self._check_layers(num_layers, pp)
 
     def _check_layers(self, num_layers: int, pp: int) -> None:

@@ -87,7 +87,11 @@ def pretrain(directory: Path, devices: int, *overrides: str) -> None:
         *(f"data.split='{SPLIT}'", "data.global_batch_size=16", *overrides),
     ]
     say("$ " + " ".join([Path(command[0]).name, *command[1:]]))
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
+    result = subprocess.run(
+        command, check=False, env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    )
+    if result.returncode:
+        sys.exit(f"error: pretraining ended with exit code {result.returncode}; what it printed is above.")
 
 
 def logged(run: Path, column: str) -> list[tuple[int, float]]:
@@ -131,6 +135,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=240, help="optimizer steps to train (default: 240)")
     parser.add_argument("--run-dir", type=Path, default=Path("demo_run"), help="where everything goes")
     arguments = parser.parse_args()
+    if arguments.steps < 1:
+        parser.error(f"--steps={arguments.steps}, but must be at least 1")
     started = time.monotonic()
     directory: Path = arguments.run_dir
     directory.mkdir(parents=True, exist_ok=True)

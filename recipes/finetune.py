@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from lightning_megatron.cli.configuration import ConfigurationError, recipe, save_config
+from lightning_megatron.cli.preflight import preflight
 from lightning_megatron.models.registry import from_pretrained
 
 
@@ -32,7 +33,9 @@ def main(config: DictConfig) -> None:
     )
     module = from_pretrained(config.pretrained, instantiate(config.optim), **config.changes)
     module.lora = instantiate(config.lora)
-    trainer.fit(module, datamodule=instantiate(config.data), ckpt_path=config.ckpt_path)
+    data = instantiate(config.data)
+    preflight(trainer, module, data, ckpt_path=config.ckpt_path)
+    trainer.fit(module, datamodule=data, ckpt_path=config.ckpt_path)
     module.save_pretrained(config.save_path, tokenizer=config.data.tokenizer)
     if adapter is not None:
         module.save_adapter(adapter)

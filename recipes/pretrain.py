@@ -7,13 +7,16 @@ import lightning.pytorch as pl
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from lightning_megatron.cli.configuration import recipe, save_config
+from lightning_megatron.cli.configuration import ConfigurationError, recipe, save_config
+from lightning_megatron.cli.preflight import preflight
 from lightning_megatron.models.registry import module_for
 
 
 @recipe("pretrain")
 def main(config: DictConfig) -> None:
     """Build what the configuration describes, and run its task."""
+    if config.task not in ("fit", "validate", "test"):
+        raise ConfigurationError(f"task={config.task} is none of fit, validate, test.")
     pl.seed_everything(config.seed, workers=True, verbose=False)
     save_config(config)
     trainer = instantiate(
@@ -23,8 +26,10 @@ def main(config: DictConfig) -> None:
         callbacks=list(instantiate(config.callbacks).values()),
     )
     module = module_for(instantiate(config.model), instantiate(config.optim))
-    task = {"fit": trainer.fit, "validate": trainer.validate, "test": trainer.test}[config.task]
-    task(module, datamodule=instantiate(config.data), ckpt_path=config.ckpt_path)
+    run = {"fit": trainer.fit, "validate": trainer.validate, "test": trainer.test}[config.task]
+    data = instantiate(config.data)
+    preflight(trainer, module, data, stage=config.task, ckpt_path=config.ckpt_path)
+    run(module, datamodule=data, ckpt_path=config.ckpt_path)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ PARTS = ("embedding", "attention", "mlp", "norm", "output", "other")
 
 
 class Norms(EveryNSteps, Callback):
-    """Logs ``param_norm``, the L2 norm of all weights, and ``param_norm/PART`` of embeddings, attention, MLPs, norms.
+    """Logs ``param_norm``, the L2 norm of all weights, and ``param_norms/PART`` of embeddings, attention, MLPs, norms.
 
     Each weight counts once, whatever is split or held twice. The gradient's norm is ``grad_norm``, which every module
     logs in each step.
@@ -36,7 +36,8 @@ class Norms(EveryNSteps, Callback):
         assert isinstance(strategy, MegatronStrategy)
         with strategy.gathered_weights():
             squares = sums_of_squares(strategy, pl_module.chunks)
-        norms = {f"param_norm/{part}": value.sqrt() for part, value in zip(PARTS, squares, strict=True) if value > 0}
+        # Not param_norm/PART: MLflow's file store keeps a metric as a file, which cannot be a directory of others too.
+        norms = {f"param_norms/{part}": value.sqrt() for part, value in zip(PARTS, squares, strict=True) if value > 0}
         pl_module.log_dict({"param_norm": squares.sum().sqrt(), **norms}, batch_size=1)
 
 

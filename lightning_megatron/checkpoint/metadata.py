@@ -13,6 +13,8 @@ from lightning_megatron.errors import CheckpointError
 
 FILE = "lightning_megatron.json"
 FORMAT = 2
+_FOREIGN = ("config.json", "latest_checkpointed_iteration.txt")
+"""What directories of Hugging Face and of Megatron-LM have."""
 
 
 @runtime_checkable
@@ -75,8 +77,11 @@ class CheckpointMetadata:
             raise CheckpointError(f"There is no checkpoint at {directory}.")
         if not (directory / FILE).is_file():
             kind = "a directory without" if directory.is_dir() else "a file, not a directory with"
+            foreign = any((directory / name).is_file() for name in _FOREIGN)
+            remedy = f" `lightning-megatron convert --load-path {directory} --to lightning --save-path NEW` makes one."
             raise CheckpointError(
                 f"{directory} is no whole checkpoint of lightning_megatron: it is {kind} {FILE}, which is written last."
+                + (remedy if foreign else "")
             )
         try:
             data = json.loads((directory / FILE).read_text())

@@ -239,6 +239,8 @@ def _from_accelerate(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of an Accelerate file; flags fill in what it does not hold. Reports every key on standard output."""
     import yaml
 
+    if not path.is_file():
+        raise ValueError(f"There is no file --from-accelerate={path}. `accelerate config` writes one.")
     try:
         document = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
@@ -314,12 +316,7 @@ def check(config: Mapping[str, Any]) -> None:
     parallel, data, trainer = config["parallel"], config["data"], config["trainer"]
     names = ParallelLayout().as_dict()
     layout = ParallelLayout(**{name: value for name, value in parallel.items() if name in names})
-    layout.check_model(
-        num_layers=model.num_layers,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups,
-        ffn_hidden_size=model.ffn_size,
-    )
+    model.check_layout(layout)
     layout.check_sequence(data["seq_length"])
     if model.position_embedding_type == "learned_absolute" and data["seq_length"] > model.max_position_embeddings:
         raise ValueError(

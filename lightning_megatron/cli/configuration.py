@@ -9,6 +9,7 @@ import inspect
 import sys
 import types
 import typing
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -25,6 +26,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 import lightning_megatron
 from lightning_megatron.errors import CheckpointError, DataError, LayoutError, ModuleError
+
+_OPTIONS = (
+    *("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r"),
+    *("--multirun", "-m", "--shell-completion", "-sc", "--config-path", "-cp", "--config-name", "-cn"),
+    *("--config-dir", "-cd", "--experimental-rerun", "--info", "-i"),
+)
+"""Of Hydra 1.3."""
 
 
 class ConfigurationError(ValueError):
@@ -55,14 +63,15 @@ def recipe(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callabl
         def checked(config: DictConfig) -> None:
             with _messages():
                 check(config)
+                # Lightning warns of data that has no validation part, which is no mistake.
+                warnings.filterwarnings("ignore", message="Total length of `ReplicaDataLoader` across ranks is zero")
                 function(config)
 
         run = hydra.main(config_path=str(conf_dir()), config_name=config_name, version_base="1.3")(checked)
 
         def main() -> None:
             with _messages():
-                _check_words(sys.argv[1:])
-                check_overrides(config_name, [argument for argument in sys.argv[1:] if _is_override(argument)])
+                _check_arguments(config_name, sys.argv[1:])
             run()
 
         return main
@@ -70,9 +79,40 @@ def recipe(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callabl
     return decorate
 
 
+def answer_early(config_name: str, arguments: Sequence[str]) -> bool:
+    """Whether a recipe's command line asks for help alone, which is then given.
+
+    A mistake that can be seen without torch and Lightning, whose import takes seconds, ends the process here.
+    """
+    if any(argument in ("--help", "-h", "--hydra-help", "--version") for argument in arguments):
+        hydra.main(config_path=str(conf_dir()), config_name=config_name, version_base="1.3")(lambda config: None)()
+        return True
+    with _messages():
+        overrides = _check_arguments(config_name, arguments)
+        if not any(argument.startswith("-") for argument in arguments):
+            _check_missing(_compose(config_name, overrides))
+    return False
+
+
+def _check_arguments(config_name: str, arguments: Sequence[str]) -> list[str]:
+    """The overrides among the arguments, if they and the options exist."""
+    _check_words(arguments)
+    overrides = [argument for argument in arguments if _is_override(argument)]
+    check_overrides(config_name, overrides)
+    return overrides
+
+
 def _check_words(arguments: Sequence[str]) -> None:
     """Raise :class:`ConfigurationError` for a word that is neither an override nor an option or its value."""
     for before, argument in zip(["", *arguments], arguments, strict=False):
+        option = argument.partition("=")[0]
+        if option.startswith("--") and option not in _OPTIONS:
+            near = difflib.get_close_matches(option, _OPTIONS, n=1, cutoff=0.75)
+            raise ConfigurationError(
+                f"{option} is no option."
+                + (f" Did you mean {near[0]}?" if near else "")
+                + " Fields are written without dashes, as in model=gpt_tiny or trainer.max_steps=10; --help lists them."
+            )
         if "=" not in argument and not argument.startswith(("-", "~")) and not before.startswith("-"):
             raise ConfigurationError(
                 f"{argument!r} is not field=value, such as model=gpt_tiny or trainer.max_steps=10."
@@ -94,10 +134,40 @@ def _messages() -> Iterator[None]:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, kinds):
             cause = cause.__cause__
-        if cause is None:
+        message = _of_lightning(error) if cause is None else str(cause)
+        if message is None:
             raise
-        print(f"error: {cause}", file=sys.stderr, flush=True)
+        # One write, since ranks that fail together share the terminal.
+        sys.stderr.write(f"error{_rank()}: {message}\n")
+        sys.stderr.flush()
         sys.exit(2 if isinstance(cause, ConfigurationError) else 1)
+
+
+def _of_lightning(error: Exception) -> str | None:
+    """What Lightning says against an argument, or a package that is missing, of an object that Hydra makes."""
+    if not isinstance(error, InstantiationException):
+        return None
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, (MisconfigurationException, ModuleNotFoundError)):
+        cause = cause.__cause__
+    if cause is None:
+        return None
+    field, said = str(error).rpartition("full_key: ")[2], str(cause).strip()
+    if isinstance(cause, ModuleNotFoundError):
+        return f"{field}: {said}"
+    return f"{field}: {said} Change {field}.*, which --cfg job --package {field} shows."
+
+
+def _rank() -> str:
+    """Which process speaks, unless it is the first or the only one."""
+    if "lightning.pytorch" not in sys.modules:
+        return ""
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+    rank = rank_zero_only.rank  # type: ignore[attr-defined]
+    return f" on rank {rank}" if rank else ""
 
 
 # ------------------------------------------------------------------------------------------------------- overrides
@@ -126,10 +196,7 @@ def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
 
 def check_overrides(config_name: str, overrides: Sequence[str]) -> None:
     """Raise :class:`ConfigurationError` for an override of a field or a choice of a group option that is not there."""
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise ConfigurationError(str(error).strip()) from error
+    parsed = [_parsed(override) for override in overrides]
     groups = {path.name for path in conf_dir().iterdir() if path.is_dir()}
     choices = [override for override in parsed if override.key_or_group in groups]
     for override in choices:
@@ -145,6 +212,17 @@ def check_overrides(config_name: str, overrides: Sequence[str]) -> None:
                 f"There is no field {override.key_or_group!r}.{_nearest(override.key_or_group, names)} To add a field "
                 f"that Lightning's Trainer takes, write +{override.input_line}"
             )
+
+
+def _parsed(override: str) -> Override:
+    try:
+        return OverridesParser.create().parse_overrides([override])[0]
+    except HydraException as error:
+        name, _, value = override.partition("=")
+        raise ConfigurationError(
+            f"{override} cannot be read: {str(error).splitlines()[0]}. A value with any of =,[]{{}}: or spaces is "
+            f"quoted twice, for the shell and for Hydra: {name}='\"{value}\"'"
+        ) from error
 
 
 def _check_choice(override: Override) -> None:
@@ -188,9 +266,7 @@ def _nearest(name: str, names: Sequence[str]) -> str:
 def check(config: DictConfig) -> None:
     """Raise :class:`ConfigurationError` if a node's ``_target_`` does not take a field, or not a value of its type, or
     a value is missing."""
-    for key in map(str, config):
-        if OmegaConf.is_missing(config, key):
-            raise ConfigurationError(f"{key} has no value. Give it one: {key}=...")
+    _check_missing(config)
     for path, node in _targets(config, ""):
         target = _locate(node["_target_"], path)
         hints, takes_any = _parameters(target)
@@ -201,11 +277,17 @@ def check(config: DictConfig) -> None:
             if name not in hints and not takes_any:
                 near = _nearest(field, [f"{path}.{hint}" if path else hint for hint in hints])
                 raise ConfigurationError(f"{node['_target_']} has no field {field!r}.{near}")
-            if OmegaConf.is_missing(node, name):
-                raise ConfigurationError(f"{field} has no value. Give it one: {field}=...")
             value = _value(node, name, field)
             if name in hints and not _fits(value, hints[name]):
                 raise ConfigurationError(f"{field}={value!r} is not of the type {_spell(hints[name])}.")
+
+
+def _check_missing(config: DictConfig) -> None:
+    for path, node in [("", config), *_targets(config, "")]:
+        for name in map(str, node):
+            if OmegaConf.is_missing(node, name):
+                field = f"{path}.{name}" if path else name
+                raise ConfigurationError(f"{field} has no value. Give it one: {field}=...")
 
 
 def _value(node: DictConfig, name: Any, field: str) -> Any:

@@ -65,15 +65,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if (args.to is None or args.save_path is None) and not args.print_checkpoint_structure:
+        raise ValueError("--save-path and --to are needed, or --print-checkpoint-structure alone.")
     from lightning_megatron.interop.convert import DTYPES, Conversion, convert, open_model, read_model_config, structure
+    from lightning_megatron.interop.sharded_checkpoint import ShardedCheckpoint
 
     config = None if args.model_config is None else read_model_config(args.model_config)
     if args.print_checkpoint_structure:
         print("\n".join(structure(open_model(args.load_path, config=config))))
     if args.to is None or args.save_path is None:
-        if args.print_checkpoint_structure:
-            return 0
-        raise ValueError("--save-path and --to are needed, or --print-checkpoint-structure alone.")
+        return 0
     job = Conversion(
         load_path=args.load_path,
         save_path=args.save_path,
@@ -91,7 +92,8 @@ def _run(args: argparse.Namespace) -> int:
         progress=sys.stderr.isatty() or sys.stdout.isatty(),
     )
     source = convert(job)
-    print(f"{args.save_path} is written.")
+    merged = isinstance(source, ShardedCheckpoint) and source.lora is not None
+    print(f"{args.save_path} is written{', with adapters merged into the weights' if merged else ''}.")
     if not args.verify:
         return 0
     from lightning_megatron.interop.verify import compare

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     from lightning_megatron.errors import CheckpointError, DataError
 
     try:
+        if args.prompts is not None and not args.prompts.is_file():
+            raise ValueError(f"There is no file --prompts={args.prompts}. Give one with a prompt on each line.")
         texts = [*args.prompt, *(args.prompts.read_text().splitlines() if args.prompts else [])]
         if not texts:
             raise ValueError("Give at least one --prompt, or --prompts with a file of them.")
@@ -182,5 +185,9 @@ def restore(checkpoint: Path, trainer: pl.Trainer) -> MegatronModule:
     module = module_for(configs[model["module"]](**model["config"]))
     if "lora" in model:
         module.lora = LoRAConfig(**model["lora"])
-    trainer.predict(module, _NoPrompts(), ckpt_path=checkpoint)
+    with warnings.catch_warnings():
+        # Nothing is predicted here, by intention, and callbacks of the training are of no use.
+        for message in ("Total length of", "Be aware that when using `ckpt_path`"):
+            warnings.filterwarnings("ignore", message=message)
+        trainer.predict(module, _NoPrompts(), ckpt_path=checkpoint)
     return module

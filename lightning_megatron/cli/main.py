@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import os
 import runpy
 import sys
 from collections.abc import Sequence
@@ -31,6 +32,8 @@ RECIPES = {
     "finetune": "recipes/finetune.py: from a directory of Hugging Face to another, with or without LoRA",
     "demo": "recipes/demo.py: the whole way on a laptop",
 }
+CONFIGURED = ("pretrain", "finetune")
+"""Recipes whose arguments are Hydra's."""
 
 
 def recipe_path(name: str) -> Path:
@@ -48,10 +51,27 @@ def available() -> dict[str, str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit code."""
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read, such as `head`, has enough. The interpreter flushes once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in RECIPES:
         path = str(recipe_path(arguments[0]))
         sys.argv = [path, *arguments[1:]]  # launchers start further processes with it
+        if arguments[0] in CONFIGURED:
+            from lightning_megatron.cli.configuration import answer_early
+
+            if answer_early(arguments[0], arguments[1:]):
+                return 0
         runpy.run_path(path, run_name="__main__")
         return 0
     parser = argparse.ArgumentParser(prog="lightning-megatron", description=lightning_megatron.__doc__.split("\n")[0])

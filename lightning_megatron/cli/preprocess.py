@@ -95,19 +95,24 @@ def _preprocess(args: argparse.Namespace, console: Any) -> None:
         TimeRemainingColumn(),
     )
     started = time.perf_counter()
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("tokenizing", total=None, documents=0, tokens=0)
+    progress = Progress(*columns, console=console)
+    task = progress.add_task("tokenizing", total=None, documents=0, tokens=0)
 
-        def show(reached: Reached) -> None:
-            progress.update(
-                task,
-                total=reached.total_bytes,
-                completed=reached.input_bytes,
-                documents=reached.documents,
-                tokens=reached.tokens,
-            )
+    def show(reached: Reached) -> None:
+        progress.start()  # at the first text, since what is wrong with the arguments needs no bar
+        progress.update(
+            task,
+            total=reached.total_bytes,
+            completed=reached.input_bytes,
+            documents=reached.documents,
+            tokens=reached.tokens,
+        )
 
+    try:
         prefixes = preprocess(args.inputs, args.output, args.tokenizer, options, workers=args.workers, on_progress=show)
+    finally:
+        if progress.live.is_started:
+            progress.stop()
     console.print(f"{time.perf_counter() - started:.1f} s with {args.workers} workers. Datasets:")
     for prefix in prefixes:
         console.print(f"  {_plain(str(prefix))}", soft_wrap=True)

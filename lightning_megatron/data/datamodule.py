@@ -2,7 +2,7 @@
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, override
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
@@ -82,6 +82,9 @@ class GlobalBatchDataModule(L.LightningDataModule):
     def predict_dataloader(self) -> Any:
         """Loader of the test split, or an empty list."""
         return self._loader("test")
+
+    def check_files(self, stage: str) -> None:
+        """Raise :class:`DataError` if files of `stage` are not there, which can be seen before processes start."""
 
     @staticmethod
     def splits_of(stage: str) -> tuple[SplitName, ...]:
@@ -222,6 +225,13 @@ class PretrainingData(GlobalBatchDataModule):
             )
         self.data_path = data_path
         split_bounds(self.split, 1)  # a split that cannot be read fails here, not after the processes have started
+
+    @override
+    def check_files(self, stage: str) -> None:
+        for name in self.splits_of(stage):
+            path = self._per_split.get(name, self.data_path)
+            if path is not None:
+                Blend.parse(path)
 
     def setup(self, stage: Literal["fit", "validate", "test", "predict"] | str) -> None:
         """Open the datasets that `stage` needs and build or load their index maps."""

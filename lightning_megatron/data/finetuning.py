@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, override
 
 import numpy as np
 import torch
@@ -35,6 +35,12 @@ class InstructionSamples:
 
     too_long: TooLong = "truncate"
     """What happens to an example of more than `seq_length` tokens."""
+
+
+def check_file(path: PathLike) -> None:
+    """Raise :class:`DataError` unless there is a file."""
+    if not Path(path).is_file():
+        raise DataError(f"{path} does not exist: give a JSON-lines file of examples.")
 
 
 @dataclass(frozen=True)
@@ -79,8 +85,7 @@ class InstructionDataset(Dataset[Sample]):
         self.path = Path(path)
         self.seq_length = seq_length
         self.samples = samples or InstructionSamples()
-        if not self.path.is_file():
-            raise DataError(f"{self.path} does not exist: give a JSON-lines file of examples.")
+        check_file(self.path)
         stat = self.path.stat()
         description = {
             "file": [self.path.name, stat.st_size, stat.st_mtime_ns],
@@ -270,6 +275,13 @@ class FineTuningData(GlobalBatchDataModule):
         self.seq_length = seq_length
         self.samples = samples
         self.cache_dir = Path(cache_dir) if cache_dir is not None else None
+
+    @override
+    def check_files(self, stage: str) -> None:
+        for name in self.splits_of(stage):
+            path = self.paths[name]
+            if path is not None:
+                check_file(path)
 
     def setup(self, stage: str) -> None:
         """Tokenize and pack the files that `stage` needs, or load what is cached."""

@@ -104,10 +104,13 @@ def load_tokenizer(source: PathLike | Tokenizer) -> Any:
             tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path), name_or_path=str(path))
             _adopt_special_tokens(tokenizer)
             return tokenizer
+        if not path.exists() and (path.is_absolute() or len(path.parts) > 2 or path.parts[0] in (".", "..")):
+            raise FileNotFoundError("it does not exist")  # which transformers would take for a name on the hub
         return AutoTokenizer.from_pretrained(os.fspath(source))
     except Exception as error:  # transformers and tokenizers raise many kinds, some of them plain Exception
+        reason = " ".join(str(error).split()).rstrip(".")
         raise DataError(
-            f"No tokenizer could be loaded from {os.fspath(source)!r} ({type(error).__name__}: {error}). Give a "
+            f"No tokenizer could be loaded from {os.fspath(source)!r} ({type(error).__name__}: {reason}). Give a "
             "directory that `save_pretrained` wrote, a tokenizer.json, or a name that transformers knows."
         ) from error
 

@@ -157,17 +157,10 @@ def _progress[T](job: Conversion, steps: Iterable[T], total: int | None = None) 
 
 
 def _check_target(job: Conversion, config: Any) -> None:
-    path, layers = job.save_path, config.num_layers
+    path = job.save_path
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise CheckpointError(f"{path} exists already. Give a new or an empty directory as --save-path.")
-    if isinstance(config, T5Config):
-        layers += config.decoder_layers
-    job.layout.check_model(
-        num_layers=layers,
-        num_attention_heads=config.num_attention_heads,
-        num_query_groups=config.num_query_groups,
-        ffn_hidden_size=config.ffn_size,
-    )
+    config.check_layout(job.layout)
     if job.to.startswith("megatron") and getattr(config, "post_layernorm", False):
         raise CheckpointError(
             "Megatron-LM's BERT has its norms before each block, and this one after it. Take --to lightning or "
@@ -306,7 +299,9 @@ def read_model_config(path: Path) -> TransformerModelConfig:
 
 
 def structure(model: CoreModel) -> Iterator[str]:
-    """One line for each tensor: its name, shape and type."""
-    width = max(map(len, model.specs))
-    for name, (shape, dtype) in model.specs.items():
+    """One line for each tensor: its name, shape and type. Adapters come last."""
+    adapters = model.adapters if isinstance(model, ShardedCheckpoint) else {}
+    listed = {**model.specs, **adapters}
+    width = max(map(len, listed))
+    for name, (shape, dtype) in listed.items():
         yield f"{name:<{width}}  {str(dtype).removeprefix('torch.'):<9} {list(shape)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from lightning_megatron.interop.core_model import CoreSpec, Identity, module_nam
 from lightning_megatron.interop.core_names import core_name, is_weight, numbered, stacked, stored_name
 from lightning_megatron.interop.megatron_args import described, from_args
 from lightning_megatron.layout import ParallelLayout
+from lightning_megatron.lora import A, B, LoRAConfig, is_adapter
 from lightning_megatron.models.config import T5Config, TransformerModelConfig
 
 COMMON_FILE = "common.pt"
@@ -40,13 +41,16 @@ _LINEAR = (
 
 @dataclass(frozen=True)
 class ShardedCheckpoint:
-    """A model in a distributed checkpoint."""
+    """A model in a distributed checkpoint. Adapters of LoRA are merged into the weights that are read."""
 
     identity: Identity
     specs: Mapping[str, CoreSpec]
     places: Mapping[str, tuple[str, int | None]]
     """Each tensor's name in the files, and its layer if that holds all of them."""
     files: ShardFiles
+    lora: LoRAConfig | None = None
+    adapters: Mapping[str, CoreSpec] = field(default_factory=dict)
+    """Their matrices, which :attr:`specs` leaves out."""
 
     @classmethod
     def open_ours(cls, path: Path, *, exact: bool = False) -> ShardedCheckpoint:
@@ -68,7 +72,16 @@ class ShardedCheckpoint:
             if size != total.size:
                 found = "is missing" if size is None else f"has {size} bytes instead of {total.size}"
                 raise CheckpointError(f"The checkpoint {path} is damaged: {name} {found}.")
-        return cls._open(path, exact, lambda specs: identity)
+        opened = cls._open(path, exact, lambda specs: identity)
+        adapters = {name: spec for name, spec in opened.specs.items() if is_adapter(name)}
+        if not adapters:
+            return opened
+        if "lora" not in metadata.model:
+            raise CheckpointError(
+                f"{path} holds adapters, but does not say how they are scaled: {next(iter(adapters))}."
+            )
+        specs = {name: spec for name, spec in opened.specs.items() if name not in adapters}
+        return replace(opened, specs=specs, adapters=adapters, lora=LoRAConfig(**metadata.model["lora"]))
 
     @classmethod
     def open_megatron(
@@ -121,8 +134,15 @@ class ShardedCheckpoint:
         Raises:
             CheckpointError: a file is missing, cut short or damaged.
         """
+        tensor, stem = self._read(name, self.specs[name]), name.removesuffix("weight")
+        if self.lora is None or stem + A not in self.adapters:
+            return tensor
+        low, high = (self._read(stem + matrix, self.adapters[stem + matrix]).float() for matrix in (A, B))
+        return (tensor.float() + self.lora.scale * (high @ low)).to(tensor.dtype)
+
+    def _read(self, name: str, spec: CoreSpec) -> Tensor:
         key, layer = self.places[name]
-        shape, dtype = self.specs[name]
+        shape, dtype = spec
         into = torch.empty(shape if layer is None else (1, *shape), dtype=dtype)
         start = () if layer is None else (layer,)
         box = Box((*start, *(0 for _ in shape)), tuple(into.shape))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+if TYPE_CHECKING:
+    from lightning_megatron.layout import ParallelLayout
 
 PositionEmbedding = Literal["learned_absolute", "rope", "alibi", "none"]
 POSITION_EMBEDDINGS = ("learned_absolute", "rope", "alibi", "none")
@@ -107,6 +110,20 @@ class TransformerModelConfig:
     def head_size(self) -> int:
         """Width of one attention head."""
         return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def pipeline_layers(self) -> int:
+        """Layers that pipeline stages share."""
+        return self.num_layers
+
+    def check_layout(self, layout: ParallelLayout) -> None:
+        """Raise :class:`LayoutError` unless a model of these sizes can be split this way."""
+        layout.check_model(
+            num_layers=self.pipeline_layers,
+            num_attention_heads=self.num_attention_heads,
+            num_query_groups=self.num_query_groups,
+            ffn_hidden_size=self.ffn_size,
+        )
 
     def padded_vocab_size(self, tensor_model_parallel_size: int) -> int:
         """Rows of the embedding over all tensor-parallel ranks: 50257 at TP=2 is 50432."""
@@ -291,6 +308,10 @@ class T5Config(TransformerModelConfig):
     def decoder_layers(self) -> int:
         """Layers of the decoder."""
         return self.decoder_num_layers or self.num_layers
+
+    @property
+    def pipeline_layers(self) -> int:
+        return self.num_layers + self.decoder_layers
 
     @classmethod
     def v1_1(cls, **changes: Any) -> T5Config:

@@ -188,9 +188,10 @@ class Cluster:
     nics_per_node: int
 
     def __post_init__(self) -> None:
-        for name in ("num_gpus", "gpus_per_node", "nics_per_node"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}, but must be at least 1.")
+        sizes = {"gpus": self.num_gpus, "gpus_per_node": self.gpus_per_node, "nics_per_node": self.nics_per_node}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name}={size}, but must be at least 1.")
         if self.num_gpus > self.gpus_per_node and self.num_gpus % self.gpus_per_node:
             below = self.num_gpus // self.gpus_per_node * self.gpus_per_node
             raise ValueError(

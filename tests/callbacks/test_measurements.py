@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def test_numbers_of_one_process(alone: dict[str, Any]) -> None:
     assert alone["lines"] == [
         f" > number of parameters on (tensor, pipeline) model parallel rank (0, 0): {alone['total']}"
     ]
-    parts = [value for name, value in metrics.items() if name.startswith("param_norm/")]
+    parts = [value for name, value in metrics.items() if name.startswith("param_norms/")]
     assert math.sqrt(sum(part**2 for part in parts)) == pytest.approx(metrics["param_norm"], rel=1e-6)
     assert sum(metrics[name] for name in TIMES) == pytest.approx(metrics["step_time"], rel=1e-6)
     flops = model_flops_per_token(tiny_config(), SEQUENCE) * metrics["tokens_per_s"]
@@ -120,7 +121,7 @@ def test_balance_of_experts_at_any_layout(ranks: Any, layout: str, ep: int) -> N
     assert 0 <= metrics["experts/min"] <= 1
     assert 0 < metrics["experts/entropy"] <= 1
     for result in ranks.run(measure, 4, layout, False, 4, ep):
-        for name in ("experts/max", "experts/min", "experts/entropy", "param_norm", "param_norm/mlp"):
+        for name in ("experts/max", "experts/min", "experts/entropy", "param_norm", "param_norms/mlp"):
             assert result["metrics"][name] == pytest.approx(metrics[name], rel=2e-3), name
         assert result["total"] == one["total"]
 
@@ -222,10 +223,49 @@ def test_loggers_and_progress_bars(ranks: Any, tmp_path: Path, bar: str) -> None
     with (tmp_path / "csv/version_0/metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == [1, 3]
-    expected = {"tokens_per_s", "mfu", "memory/rank_3", "param_norm", "param_norm/attention", "grad_norm", *TIMES}
+    expected = {"tokens_per_s", "mfu", "memory/rank_3", "param_norm", "param_norms/attention", "grad_norm", *TIMES}
     assert all(row[name] for row in rows for name in expected)
+    assert not any(name.startswith(f"{other}/") for name in rows[0] for other in rows[0])  # files of MLflow's store
     assert [path.name for path in (tmp_path / "csv").iterdir()] == ["version_0"]  # one rank logs
     assert len(list((tmp_path / "tb").rglob("events.out.tfevents.*"))) == 1
+
+
+def tracked(kind: str, directory: str) -> dict[str, float] | None:
+    """What a logger that is not of this package's dependencies holds at the end, on the rank that logs."""
+    from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
+
+    os.environ |= {"WANDB_SILENT": "true", "MLFLOW_ALLOW_FILE_STORE": "true"}
+    logger: Any = (
+        WandbLogger(save_dir=directory, offline=True)
+        if kind == "wandb"
+        else MLFlowLogger(tracking_uri=f"file:{directory}")
+    )
+    module = lm.GPTModule(tiny_config())
+    trainer = quiet_trainer(
+        lm.MegatronStrategy("tp2"), 2, max_steps=4, log_every_n_steps=2, logger=logger, callbacks=everything()
+    )
+    trainer.fit(module, SharedLoader(module))
+    expected = {name: float(trainer.callback_metrics[name]) for name in ("train_loss", "grad_norm", "param_norm")}
+    if not trainer.is_global_zero:
+        return None
+    if kind == "wandb":
+        found = dict(logger.experiment.summary)
+        logger.experiment.finish()
+    else:
+        found = logger.experiment.get_run(logger.run_id).data.metrics
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-6)
+    return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
+
+
+@pytest.mark.parametrize("kind", ["wandb", "mlflow"])
+def test_loggers_of_others(ranks: Any, tmp_path: Path, kind: str) -> None:
+    """One of two tensor-parallel ranks logs; the other leaves no run behind."""
+    pytest.importorskip(kind)
+    found, nothing = ranks.run(tracked, 2, kind, str(tmp_path))
+    assert nothing is None
+    assert {"train_loss", "tokens_per_s", "mfu", "memory/rank_1", "param_norms/attention", *TIMES} <= set(found)
+    runs = list((tmp_path / "wandb").glob("offline-run-*")) if kind == "wandb" else list(tmp_path.glob("*/*/metrics"))
+    assert len(runs) == 1
 
 
 def test_intervals_that_cannot_be() -> None:

@@ -79,7 +79,7 @@ def test_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("model=gpt2_large sequence_parallel=maybe", "sequence_parallel=maybe is not true or false."),
         ("model=gpt2_large gpus", "'gpus' is not key=value"),
         ("gpus=8", "model= is missing. Known models: gpt2_small"),
-        ("model=gpt2_large gpus=0", "num_gpus=0, but must be at least 1."),
+        ("model=gpt2_large gpus=0", "gpus=0, but must be at least 1."),
         ("model=gpt2_large seq_length=4096", "longer than the 1024 position embeddings"),
         ("model=gpt2_large precision=fp16", "precision=fp16 is not known. Known: bf16-mixed, bf16-true"),
         ("model=gpt2_large inter_node=ib_nd", "inter_node=ib_nd is not known. Did you mean ib_ndr"),

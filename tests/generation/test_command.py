@@ -48,6 +48,7 @@ def test_text_of_a_checkpoint_at_another_layout(ranks: RankPool, tmp_path: Path)
     assert [code for code, *_ in results] == [0, 0]
     assert results[0][1].split() == [f"w{token}" for token in tokens]
     assert "w5" not in results[1][1]  # one rank prints
+    assert not any("Total length of" in err or "Be aware" in err for *_, err in results)
 
 
 def test_mistakes_are_told(tmp_path: Path) -> None:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import lightning_megatron as lm
+from lightning_megatron.checkpoint.run_state import MASTER
+from lightning_megatron.checkpoint.shard_files import ShardFiles
+from lightning_megatron.interop.convert import open_model, structure
 from lightning_megatron.lora import LINEARS, is_adapter
-from tests.helpers import Record, quiet_trainer
+from tests.checkpoint.runs import Case, make_trainer
+from tests.cli.test_convert import command
+from tests.helpers import Record, SharedLoader, quiet_trainer, tiny_config
 from tests.interop import tiny
 from tests.models.runs import Batch, Shared, strategy
 from tests.ranks import RankPool
@@ -25,6 +32,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2": {"pp": 2},
     "tp2_pp2": {"tp": 2, "pp": 2, "sp": True},
 }
+FC1_B = "decoder.layers.0.mlp.linear_fc1.adapter.lora_B"
 LORA = lm.LoRAConfig(rank=4, alpha=12, target_modules=LINEARS)
 
 
@@ -107,6 +115,18 @@ def test_training_and_export(ranks: RankPool, name: str, tmp_path: Path) -> None
         check_files(name, tiny.build(name), batch, after, tmp_path / layout)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2"])
+def test_peft_loads_the_adapter(ranks: RankPool, name: str, tmp_path: Path) -> None:
+    """On top of the model that was trained on, it gives the logits of the trained one."""
+    peft = pytest.importorskip("peft")
+    model, batch = tiny.save(name, tmp_path / "theirs"), tiny.batch(name)
+    before = tiny.outputs(model, batch)[1]
+    after = run(ranks, "tp2_sp", tmp_path / "theirs", batch, tmp_path)[0][3]
+    found = tiny.outputs(peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval(), batch)[1]
+    torch.testing.assert_close(found, after, atol=2e-5, rtol=0)
+    assert (found - before).abs().max() > 1e-2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["tp2", "tp2_pp2"])
 @pytest.mark.parametrize("changes", [{}, {"recompute_granularity": "full"}], ids=["plain", "recompute"])
@@ -118,6 +138,9 @@ def test_more_layouts(ranks: RankPool, layout: str, changes: dict[str, Any], tmp
     found = run(ranks, layout, tmp_path / "theirs", batch, tmp_path / layout, **changes)[0]
     torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(reference[0]), atol=1e-5, rtol=0)
     check_files("llama", model, batch, found[3], tmp_path / layout)
+    [(code, out, err)] = ranks.run(command, 1, *conversion(tmp_path / layout), "--verify")
+    assert code == 0, err
+    assert "the same model" in out
 
 
 def restored(path: str, layout: dict[str, Any], batch: Batch, checkpoint: str, fused: bool) -> Any:
@@ -130,7 +153,7 @@ def restored(path: str, layout: dict[str, Any], batch: Batch, checkpoint: str, f
 
 
 def test_checkpoints_and_generation(ranks: RankPool, tmp_path: Path) -> None:
-    """Adapters of TP=2 load at PP=2, beside a request for fused layers; and decoding uses them."""
+    """Adapters of TP=2 load at PP=2, beside a request for fused layers; decoding uses them, `convert` merges them."""
     tiny.save("llama", tmp_path / "theirs")
     batch = tiny.batch("llama")
     after = run(ranks, "tp2_sp", tmp_path / "theirs", batch, tmp_path)[0][3]
@@ -139,6 +162,123 @@ def test_checkpoints_and_generation(ranks: RankPool, tmp_path: Path) -> None:
         for found, tokens in ranks.run(restored, 2, *arguments):
             torch.testing.assert_close(found, after, atol=2e-5, rtol=0)
             assert tokens == (int(after[0, -1].argmax()),)
+    # One process merges them into the weights that all ranks together wrote.
+    code, out, err = command(*conversion(tmp_path))
+    assert code == 0, err
+    assert "hub is written, with adapters merged into the weights." in out
+    listed = [line.split() for line in structure(open_model(tmp_path / "last.ckpt"))]
+    assert [FC1_B, "float32", "[96,", "4]"] in listed
+    converted, gathered = (load_file(tmp_path / name / "model.safetensors") for name in ("hub", "merged"))
+    assert converted.keys() == gathered.keys()
+    for name, tensor in gathered.items():
+        torch.testing.assert_close(converted[name], tensor, atol=1e-6, rtol=0)
+
+
+def conversion(path: Path) -> list[Any]:
+    """Arguments of ``convert`` for the checkpoint of a training."""
+    return ["--load-path", path / "last.ckpt", "--save-path", path / "hub", "--to", "huggingface"]
+
+
+class SaveAt(pl.Callback):
+    """Saves after a step."""
+
+    def __init__(self, step: int, path: str) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def four_steps(
+    case: Case, lora: lm.LoRAConfig, model: dict[str, Any], path: str, resume: bool
+) -> tuple[list[float], list[float]]:
+    """Losses and norms of four steps with a checkpoint after two, or of those after the checkpoint; on every rank."""
+    module, record = lm.GPTModule(tiny_config(**model), lm.OptimizerConfig(lr=1e-2)), Record()
+    module.lora = lora
+    trainer = make_trainer(case, record, *([] if resume else [SaveAt(2, path)]), max_steps=4)
+    trainer.fit(module, SharedLoader(module), ckpt_path=path if resume else None, weights_only=False)
+    return record.losses, record.norms
+
+
+def straight_and_resumed(ranks: RankPool, case: Case, lora: lm.LoRAConfig, path: Path, **model: Any) -> list[float]:
+    """Losses of four steps, of which the last two are the same, bit for bit, after a restart."""
+    losses, norms = ranks.run(four_steps, case.world, case, lora, model, str(path), False)[0]
+    assert len(losses) == 4
+    again = ranks.run(four_steps, case.world, case, lora, model, str(path), True)
+    assert all(rank == (losses[2:], norms[2:]) for rank in again)
+    return losses
+
+
+ONE = Case()
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+PP2_VPP2 = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+TP2 = {"tensor_model_parallel_size": 2}
+TP2_SP = {**TP2, "sequence_parallel": True}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(2),
+        Case(2, distributed=True, ddp=OVERLAP),
+        Case(2, PP2_VPP2),
+        Case(4, PP2_VPP2, distributed=True, ddp=OVERLAP),
+        Case(4, TP2_SP, distributed=True),
+        Case(2, {"context_parallel_size": 2}),
+    ],
+    ids=[
+        "dp2",
+        "dp2_distributed_overlap",
+        "pp2_vpp2",
+        "pp2_vpp2_dp2_distributed_overlap",
+        "tp2_sp_dp2_distributed",
+        "cp2",
+    ],
+)
+def test_replicas_and_virtual_stages(ranks: RankPool, case: Case, tmp_path: Path) -> None:
+    """The training of one process, which goes on from the checkpoint of any."""
+    expected, norms = ranks.run(four_steps, 1, ONE, LORA, {}, str(tmp_path / "one"), False)[0]
+    assert expected[0] - expected[3] > 0.01
+    assert min(norms) > 0.01
+    losses = straight_and_resumed(ranks, case, LORA, tmp_path / "many")
+    torch.testing.assert_close(losses, expected, atol=1e-5, rtol=0)
+    here = ranks.run(four_steps, 1, ONE, LORA, {}, str(tmp_path / "many"), True)[0]
+    torch.testing.assert_close(here, (expected[2:], norms[2:]), atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_dropout(ranks: RankPool, tmp_path: Path) -> None:
+    """Where tensor-parallel ranks hold the same, they drop the same as one process; and a restart drops on."""
+    columns = lm.LoRAConfig(rank=4, alpha=12, dropout=0.5, target_modules=("linear_qkv", "linear_fc1"))
+    dropped, plain = (
+        ranks.run(four_steps, 1, ONE, replace(columns, dropout=rate), {}, str(tmp_path / f"{rate}"), False)[0][0]
+        for rate in (0.5, 0.0)
+    )
+    assert dropped[0] == plain[0]  # adapters begin with nothing
+    assert min(abs(a - b) for a, b in zip(dropped[1:], plain[1:], strict=True)) > 1e-4
+    model = {"hidden_dropout": 0.1}
+    one = straight_and_resumed(ranks, ONE, columns, tmp_path / "one", **model)
+    two = straight_and_resumed(ranks, Case(2, TP2), columns, tmp_path / "two", **model)
+    torch.testing.assert_close(two, one, atol=1e-5, rtol=0)
+    everywhere, model = replace(LORA, dropout=0.5), {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+    straight_and_resumed(ranks, Case(2, TP2_SP), everywhere, tmp_path / "sp", **model)
+    straight_and_resumed(ranks, Case(2, distributed=True), everywhere, tmp_path / "dp", **model)
+
+
+@pytest.mark.slow
+def test_bf16(ranks: RankPool, tmp_path: Path) -> None:
+    """fp32 copies of the adapters alone: steps smaller than bf16's are not lost, and a restart finds them."""
+    expected = ranks.run(four_steps, 1, ONE, LORA, {}, str(tmp_path / "fp32"), False)[0][0]
+    one = straight_and_resumed(ranks, Case(precision="bf16-mixed"), LORA, tmp_path / "one")
+    torch.testing.assert_close(one, expected, atol=0.02, rtol=0)
+    case = Case(4, TP2, distributed=True, precision="bf16-mixed")
+    many = straight_and_resumed(ranks, case, LORA, tmp_path / "many")
+    torch.testing.assert_close(many, one, atol=0.01, rtol=0)
+    masters = [key for key in ShardFiles.open(tmp_path / "many").shapes if key.startswith(MASTER)]
+    assert len(masters) == 2 * len(LINEARS)
+    assert all(is_adapter(key) for key in masters)
 
 
 def test_wrong_values() -> None:

@@ -39,7 +39,7 @@ def test_finetune(tmp_path: Path, lora: bool) -> None:
     command = [
         *(sys.executable, str(ROOT / "recipes/finetune.py"), f"pretrained={theirs}", f"save_path={tuned}"),
         *(f"data.train_path={tmp_path / 'train.jsonl'}", "data.seq_length=32", "data.global_batch_size=4"),
-        *("trainer.accelerator=cpu", "trainer.devices=2", "parallel=tp2", "trainer.max_steps=80", "optim.lr=1e-2"),
+        *("trainer.accelerator=cpu", "trainer.devices=2", "parallel=tp2", "trainer.max_steps=60", "optim.lr=3e-3"),
         *(
             "trainer.enable_progress_bar=false",
             "trainer.log_every_n_steps=1",
@@ -59,10 +59,9 @@ def test_finetune(tmp_path: Path, lora: bool) -> None:
     assert (tmp_path / "a/adapter_config.json").is_file() == lora
     with (tmp_path / "run/csv/version_0/metrics.csv").open() as file:
         losses = [float(row["train_loss"]) for row in csv.DictReader(file) if row.get("train_loss")]
-    assert losses[-1] < losses[0] - 0.1
+    # All weights pass the plateau of cities without their lands, log(3) / 3; the logits of frozen embeddings stay flat.
+    assert losses[-1] < (losses[0] - 1 if lora else 0.2)
     model = transformers.AutoModelForCausalLM.from_pretrained(tuned)
-    if lora:  # frozen random embeddings allow no sharper logits
-        return
     for example in examples:
         ids = torch.tensor([tokenizer(example["prompt"] + example["completion"])["input_ids"]])
         start = len(tokenizer(example["prompt"])["input_ids"])

@@ -26,6 +26,10 @@ optim: {_target_: lightning_megatron.OptimizerConfig, lr: 1.0e-3, lr_warmup_step
 trainer: {max_steps: 100}
 note: "<script>alert(1)</script>"
 """
+REFERENCES = {"src", "srcset", "href", "xlink:href", "data", "poster", "action", "background", "cite", "manifest"}
+"""Attributes that make a browser load something, or go there."""
+ELSEWHERE = {"script", "link", "iframe", "object", "embed", "base", "audio", "video", "form"}
+SVG = "{http://www.w3.org/2000/svg}"
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
 
@@ -39,6 +43,8 @@ class Page(HTMLParser):
         self.ids: list[str] = []
         self.sources: list[str] = []
         self.alts: list[str] = []
+        self.handlers: list[str] = []
+        self.styles: list[str] = []
         self.texts: list[str] = []
         self.feed(text)
         self.close()
@@ -47,7 +53,8 @@ class Page(HTMLParser):
         given = dict(attrs)
         self.tags.append(tag)
         self.ids += [str(given["id"])] if "id" in given else []
-        self.sources += [str(value) for name, value in attrs if name in ("src", "href")]
+        self.sources += [str(value) for name, value in attrs if name in REFERENCES]
+        self.handlers += [name for name, _ in attrs if name.startswith("on")]
         self.alts += [str(given.get("alt"))] if tag == "img" else []
         if tag not in VOID:
             self.open.append(tag)
@@ -57,7 +64,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.texts.append(data)
+        (self.styles if self.open[-1:] == ["style"] else self.texts).append(data)
 
 
 def write_run(directory: Path, steps: int = 100) -> Path:
@@ -86,20 +93,44 @@ def test_the_page_is_whole_and_needs_nothing_else(tmp_path: Path) -> None:
     assert page.open == []
     assert page.tags[:2] == ["html", "head"]
     assert {"summary", "curves", "layout", "checkpoints", "configuration"} <= set(page.ids)
-    assert "script" not in page.tags
-    assert page.sources
-    assert all(source.startswith("data:image/svg+xml;base64,") for source in page.sources)
+    assert not ELSEWHERE & set(page.tags)
+    assert page.handlers == []
+    assert len(page.ids) == len(set(page.ids))
+    assert len(page.styles) == 1
+    assert "url(" not in page.styles[0]
+    assert "@import" not in page.styles[0]
+    assert len(page.sources) == len(page.alts) == 6
     for source in page.sources:
-        root = ElementTree.fromstring(base64.b64decode(source.partition(",")[2]))
-        assert root.tag.endswith("svg")
+        check_picture(source)
     for title in ("Loss:", "Learning rate:", "Throughput:", "MFU:", "Where a step's time goes:", "Memory by rank:"):
         assert any(alt.startswith(title) for alt in page.alts), title
     text = " ".join(page.texts)
     assert "best 4.2000" in text
     assert "perplexity 66.7" in text
+    for number in ("4.0100 in the last step logged", "1,054 tokens/s", "40.0%", "GPTModule", "torch 2.11", "1.0 MiB"):
+        assert number in text, number
+    for end in ("train_loss 4.01 at", "tokens_per_s 1099 at", "schedule_time 0.2 at", "memory/rank_0 1.5 at"):
+        assert end in text, end
     assert "tensor_model_parallel_size" in text
     assert "not whole" in text
     assert "<script>alert(1)</script>" in text  # as text, not as a tag
+
+
+def check_picture(source: str) -> None:
+    """An SVG inside of the page, with a drawn curve and references to its own parts alone."""
+    kind, _, data = source.partition(",")
+    assert kind == "data:image/svg+xml;base64"
+    root = ElementTree.fromstring(base64.b64decode(data, validate=True))
+    assert root.tag == f"{SVG}svg"
+    assert len(root.attrib["viewBox"].split()) == 4
+    elements = list(root.iter())
+    assert not {"script", "image", "foreignObject"} & {element.tag.removeprefix(SVG) for element in elements}
+    drawn = [element.attrib["d"] for element in elements if element.tag == f"{SVG}path"]
+    assert any(path.count("L") >= 9 for path in drawn)  # ten logged steps
+    for element in elements:
+        for name, value in element.attrib.items():
+            assert not name.endswith("href") or value.startswith("#")
+            assert "url(" not in value or "url(#" in value
 
 
 def test_the_command(tmp_path: Path, capsys: Any) -> None:
