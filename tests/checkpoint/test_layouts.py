@@ -91,7 +91,7 @@ def _close(one: Path, other: Path) -> int:
 
 
 def _most_are_slow() -> list[Any]:
-    return [pytest.param(*pair, marks=[pytest.mark.slow] * (index % 5 > 0)) for index, pair in enumerate(PAIRS)]
+    return [pytest.param(*pair, marks=[pytest.mark.slow] * (index % 7 > 0)) for index, pair in enumerate(PAIRS)]
 
 
 @pytest.mark.parametrize(("source", "target"), _most_are_slow())

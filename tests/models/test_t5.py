@@ -80,7 +80,7 @@ MEGATRON: dict[str, Any] = {
                 (4, {"pp": 2, "use_distributed_optimizer": True}),
             ],
         ),
-        (V1_1, [(2, {"tp": 2}), (4, {"tp": 2, "pp": 2}), (2, {"pp": 2, "vpp": 2})]),
+        pytest.param(V1_1, [(2, {"tp": 2}), (4, {"tp": 2, "pp": 2}), (2, {"pp": 2, "vpp": 2})], marks=pytest.mark.slow),
         pytest.param(MEGATRON, [(2, {"pp": 2}), (4, {"tp": 2, "pp": 2, "sp": True})], marks=pytest.mark.slow),
         ({"num_layers": 3, "decoder_num_layers": 1} | V1_1, [(2, {"pp": 2})]),
     ],
@@ -101,7 +101,12 @@ def make_fused(**changes: Any) -> T5Module:
 
 
 @pytest.mark.parametrize(
-    ("config", "padded"), [({}, True), (V1_1 | {"init_method_std": 0.05}, False), (MEGATRON, True)]
+    ("config", "padded"),
+    [
+        ({}, True),
+        (V1_1 | {"init_method_std": 0.05}, False),
+        pytest.param(MEGATRON, True, marks=pytest.mark.slow),
+    ],
 )
 def test_fused_layers_and_loss_equal_unfused(ranks: RankPool, config: dict[str, Any], padded: bool) -> None:
     given = batch()
