@@ -303,11 +303,21 @@ def test_layers_without_fp8_are_refused(ranks: Any, module: Any, words: str) -> 
     assert words in ranks.run(refused, 1, module)[0]
 
 
-def test_kernels_in_triton_interpreter() -> None:
-    """Every kernel's values without a GPU, in a process of its own."""
+def run_script(name: str, **environment: str) -> None:
+    """In a process of its own."""
     pytest.importorskip("triton")
     root = Path(__file__).parents[2]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
-    script = str(root / "tests/models/check_float8.py")
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    variables = {**os.environ, "PYTHONPATH": str(root), **environment}
+    command = [sys.executable, str(root / "tests/models" / name)]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_kernels_in_triton_interpreter() -> None:
+    """Every kernel's values without a GPU."""
+    run_script("check_float8.py", TRITON_INTERPRET="1")
+
+
+def test_code_of_kernels_for_hopper() -> None:
+    """What the interpreter does not see."""
+    run_script("check_float8_code.py")
