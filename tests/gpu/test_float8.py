@@ -40,8 +40,7 @@ def _capable() -> None:
 def _leave_groups() -> Iterator[None]:
     """Whatever fails: groups outlive a fit, and those of one that broke off would break the next one."""
     yield
-    if core.parallel_state.model_parallel_is_initialized():
-        core.parallel_state.destroy_model_parallel()
+    core.parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
 
