@@ -278,8 +278,7 @@ class MegatronStrategy(DDPStrategy):
         if self.precision_plugin.policy.float8 is not None:
             self.precision_plugin.policy.float8.check_device(self.root_device)
         layout, state = self.layout, core.parallel_state
-        if state.model_parallel_is_initialized():
-            state.destroy_model_parallel()
+        state.destroy_model_parallel()  # also what an initialisation that broke off has left
         state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tensor_model_parallel_size,
             pipeline_model_parallel_size=layout.pipeline_model_parallel_size,

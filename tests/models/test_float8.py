@@ -29,7 +29,8 @@ LLAMA: dict[str, Any] = {
     "num_query_groups": 2,
 }
 MODELS: dict[str, dict[str, Any]] = {"gpt2": {}, "llama": LLAMA}
-DEFAULT = lm.Float8()
+EVERYTHING = lm.Float8(weight_gradients=True)
+"""All products in FP8, which only a CPU allows so far."""
 
 
 class Gradients(pl.Callback):
@@ -87,10 +88,10 @@ def flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("name", "options", "bound"),
     [
-        ("gpt2", DEFAULT, 0.12),
-        ("llama", DEFAULT, 0.12),
-        ("llama", lm.Float8(gradients="e4m3"), 0.08),
-        ("llama", lm.Float8(weight_gradients=False), 0.09),
+        ("gpt2", EVERYTHING, 0.12),
+        ("llama", EVERYTHING, 0.12),
+        ("llama", lm.Float8(weight_gradients=True, gradients="e4m3"), 0.08),
+        ("llama", lm.Float8(), 0.09),
     ],
 )
 def test_gradients_are_within_the_rounding_of_fp8(ranks: Any, name: str, options: lm.Float8, bound: float) -> None:
@@ -112,7 +113,7 @@ def test_gradients_are_within_the_rounding_of_fp8(ranks: Any, name: str, options
 @pytest.mark.parametrize("name", MODELS)
 def test_loss_curve_follows_bf16(ranks: Any, name: str) -> None:
     expected = ranks.run(train, 1, None, MODELS[name], {}, 30)[0][0]
-    actual = ranks.run(train, 1, DEFAULT, MODELS[name], {}, 30)[0][0]
+    actual = ranks.run(train, 1, EVERYTHING, MODELS[name], {}, 30)[0][0]
     assert expected[-1] < 0.8 * expected[0]
     assert actual == pytest.approx(expected, rel=0.01)
 
@@ -120,14 +121,14 @@ def test_loss_curve_follows_bf16(ranks: Any, name: str) -> None:
 @pytest.mark.parametrize(("name", "layout"), [("gpt2", {}), ("llama", {"sequence_parallel": True})])
 def test_tensor_parallel_equals_one_rank(ranks: Any, name: str, layout: dict[str, Any]) -> None:
     """Scales are powers of two, so a part of a tensor rounds as in the whole."""
-    expected = ranks.run(train, 1, DEFAULT, MODELS[name], {}, 3, 0.0)[0]
+    expected = ranks.run(train, 1, EVERYTHING, MODELS[name], {}, 3, 0.0)[0]
     strategy = {"tensor_model_parallel_size": 2, **layout}
-    for actual in ranks.run(train, 2, DEFAULT, MODELS[name], strategy, 3, 0.0):
+    for actual in ranks.run(train, 2, EVERYTHING, MODELS[name], strategy, 3, 0.0):
         assert actual[0] == pytest.approx(expected[0], rel=1e-4)
         assert actual[1] == pytest.approx(expected[1], rel=5e-3)
 
 
-@pytest.mark.parametrize("options", [DEFAULT, lm.Float8(weight_gradients=False)])
+@pytest.mark.parametrize("options", [EVERYTHING, lm.Float8()])
 def test_gradients_of_microbatches_add_up(ranks: Any, options: lm.Float8) -> None:
     whole = ranks.run(train, 1, options, LLAMA, {}, 3, 0.0)[0][2]
     parts = ranks.run(train, 1, options, LLAMA, {"micro_batch_size": 2}, 3, 0.0)[0][2]
@@ -137,25 +138,25 @@ def test_gradients_of_microbatches_add_up(ranks: Any, options: lm.Float8) -> Non
 
 def test_pipeline_keeps_the_scales_of_each_microbatch(ranks: Any) -> None:
     """Several forwards come before the first backward."""
-    expected = ranks.run(train, 1, DEFAULT, LLAMA, {"micro_batch_size": 2})[0]
+    expected = ranks.run(train, 1, EVERYTHING, LLAMA, {"micro_batch_size": 2})[0]
     strategy = {"pipeline_model_parallel_size": 2, "micro_batch_size": 2}
-    for actual in ranks.run(train, 2, DEFAULT, LLAMA, strategy):
+    for actual in ranks.run(train, 2, EVERYTHING, LLAMA, strategy):
         assert actual[0] == pytest.approx(expected[0], abs=5e-3)
         assert actual[1] == pytest.approx(expected[1], rel=0.03)
 
 
 def test_bf16_gradient_buffers(ranks: Any) -> None:
     expected = ranks.run(train, 1, None, LLAMA, {"micro_batch_size": 4}, 4, 5e-3, None, None, "bf16-true")[0]
-    actual = ranks.run(train, 1, DEFAULT, LLAMA, {"micro_batch_size": 4}, 4, 5e-3, None, None, "bf16-true")[0]
+    actual = ranks.run(train, 1, EVERYTHING, LLAMA, {"micro_batch_size": 4}, 4, 5e-3, None, None, "bf16-true")[0]
     assert actual[0] == pytest.approx(expected[0], rel=0.01)
 
 
 def test_checkpoint_resumes_and_is_that_of_bf16(ranks: Any, tmp_path: Path) -> None:
     """Scales are measured again, so the resumed run is as close as two roundings are; either precision loads it."""
     path = str(tmp_path / "two_steps.ckpt")
-    straight = ranks.run(train, 1, DEFAULT, LLAMA)[0][0]
-    ranks.run(train, 1, DEFAULT, LLAMA, {}, 2, 5e-3, None, path)
-    for options in (DEFAULT, None):
+    straight = ranks.run(train, 1, EVERYTHING, LLAMA)[0][0]
+    ranks.run(train, 1, EVERYTHING, LLAMA, {}, 2, 5e-3, None, path)
+    for options in (EVERYTHING, None):
         resumed = ranks.run(train, 1, options, LLAMA, {}, 4, 5e-3, path)[0][0]
         assert resumed == pytest.approx(straight[2:], abs=0.01)
 
@@ -183,7 +184,7 @@ def test_growth_past_the_scale_saturates(dtype: torch.dtype) -> None:
     assert cast.amax == float("inf")
 
 
-def layer(options: lm.Float8 = DEFAULT) -> tuple[LayerFloat8, list[torch.nn.Parameter]]:
+def layer(options: lm.Float8 = EVERYTHING) -> tuple[LayerFloat8, list[torch.nn.Parameter]]:
     weights = [torch.nn.Parameter(torch.randn(32, 16, dtype=torch.bfloat16)) for _ in range(4)]
     return LayerFloat8(options, weights), weights
 
@@ -233,7 +234,8 @@ def test_other_precisions_are_refused(precision: Any) -> None:
 def test_options_reach_the_policy() -> None:
     assert lm.MegatronPrecision("bf16-mixed").policy == DtypePolicy.of("bf16-mixed")
     assert lm.MegatronPrecision("bf16-mixed", fp8=True).policy.float8 == lm.Float8()
-    options = lm.Float8(weight_gradients=False)
+    assert not lm.Float8().weight_gradients
+    options = lm.Float8(weight_gradients=True)
     assert lm.MegatronPrecision("bf16-true", fp8=options).policy.float8 is options
     for wrong in ({"gradients": "e3m4"}, {"history": 0}, {"fast_accumulation": "backward"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
@@ -243,17 +245,24 @@ def test_options_reach_the_policy() -> None:
 def test_older_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A100")
-    DEFAULT.check_device(torch.device("cpu"))
+    EVERYTHING.check_device(torch.device("cpu"))
     with pytest.raises(ValueError, match=r"8\.9 or higher .* A100 has 8\.0"):
-        DEFAULT.check_device(torch.device("cuda"))
+        EVERYTHING.check_device(torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    DEFAULT.check_device(torch.device("cuda"))
+    lm.Float8().check_device(torch.device("cuda"))
+
+
+def test_weight_gradients_are_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    EVERYTHING.check_device(torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"not passed their test on a GPU yet.*Use Float8\(weight_gradients=False\)"):
+        EVERYTHING.check_device(torch.device("cuda"))
 
 
 def test_sizes_without_a_product_are_refused() -> None:
     weights = [torch.nn.Parameter(torch.zeros(24, 16))] * 4
     with pytest.raises(ValueError, match=r"multiples of 16, but qkv has \(24, 16\)"):
-        LayerFloat8(DEFAULT, weights)
+        LayerFloat8(EVERYTHING, weights)
     state, _ = layer()
     state.check_tokens(32)
     with pytest.raises(ValueError, match="multiple of 16 tokens, but got 33"):
@@ -294,11 +303,21 @@ def test_layers_without_fp8_are_refused(ranks: Any, module: Any, words: str) -> 
     assert words in ranks.run(refused, 1, module)[0]
 
 
-def test_kernels_in_triton_interpreter() -> None:
-    """Every kernel's values without a GPU, in a process of its own."""
+def run_script(name: str, **environment: str) -> None:
+    """In a process of its own."""
     pytest.importorskip("triton")
     root = Path(__file__).parents[2]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
-    script = str(root / "tests/models/check_float8.py")
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    variables = {**os.environ, "PYTHONPATH": str(root), **environment}
+    command = [sys.executable, str(root / "tests/models" / name)]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_kernels_in_triton_interpreter() -> None:
+    """Every kernel's values without a GPU."""
+    run_script("check_float8.py", TRITON_INTERPRET="1")
+
+
+def test_code_of_kernels_for_hopper() -> None:
+    """What the interpreter does not see."""
+    run_script("check_float8_code.py")

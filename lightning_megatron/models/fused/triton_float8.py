@@ -122,6 +122,20 @@ def _tile(rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def _store(small, eight, beside, row, column, inside, rows, stride, BESIDE: tl.constexpr):
+    """One tile that is in FP8, and beside it nothing (not 1) or the same transposed (1).
+
+    The transpose reads back what the program has stored, from the nearest cache, and never converts: of a conversion's
+    result that is stored in both directions, ptxas 12.8, which Triton 3.6 brings, may read the register for the second
+    one before the conversion has written it.
+    """
+    tl.store(eight + row * stride + column, small, mask=inside)
+    if BESIDE == 1:
+        tl.debug_barrier()
+        tl.store(beside + column * rows + row, tl.load(eight + row * stride + column, mask=inside), mask=inside)
+
+
+@triton.jit
 def _write(
     result, eight, beside, scale, amax, row, column, inside, rows, stride, LIMIT: tl.constexpr, BESIDE: tl.constexpr
 ):
@@ -129,9 +143,7 @@ def _write(
     if BESIDE == 2:
         tl.store(beside + row * stride + column, result.to(beside.dtype.element_ty), mask=inside)
     small = scaled(result, scale, amax, LIMIT).to(eight.dtype.element_ty)
-    tl.store(eight + row * stride + column, small, mask=inside)
-    if BESIDE == 1:
-        tl.store(beside + column * rows + row, small, mask=inside)
+    _store(small, eight, beside, row, column, inside, rows, stride, BESIDE)
 
 
 def _outputs(x: Tensor, rows: int, width: int, cast: Cast) -> tuple[Quantized, Tensor, int]:
@@ -167,9 +179,7 @@ def _quantize(
         values = values * _power(exponent)
         values = tl.maximum(values, -LIMIT, propagate_nan=tl.PropagateNan.ALL)
         small = tl.minimum(values, LIMIT, propagate_nan=tl.PropagateNan.ALL).to(eight.dtype.element_ty)
-        tl.store(eight + row * width + column, small, mask=inside)
-        if BESIDE == 1:
-            tl.store(beside + column * rows + row, small, mask=inside)
+        _store(small, eight, beside, row, column, inside, rows, width, BESIDE)
     else:
         _write(values, eight, beside, scale, amax, row, column, inside, rows, width, LIMIT, BESIDE)
 
