@@ -29,6 +29,8 @@ PEAK = 989e12
 WARM_UP = 6
 PROFILED = 5
 """Steps, one of which is logged. They begin with an idle device, which the first of them fills."""
+BATCHES = {"llama-1b": (4,), "llama-1b-alibi": (4,), "bert-large": (32,), "t5-large": (16,)}
+"""Samples of a step, where they are not 8 and 24."""
 VARIANTS = ("ours", "unfused", "nano", "huggingface")
 FLOAT8: dict[str, dict[str, Any]] = {
     "ours-fp8": {},
@@ -208,47 +210,56 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def run_apart(variant: str, model: str, batch: int, options: argparse.Namespace) -> dict[str, Any] | None:
+    """One variant in a process of its own, whose result is printed; ``None`` if it failed."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--here", "--variants", variant, "--model", model]
+    command += ["--batches", str(batch), "--steps", str(options.steps)] + ["--profile"] * options.profile
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=options.timeout, check=False)
+        output = done.stdout + done.stderr
+    except subprocess.TimeoutExpired as error:
+        output = f"no result in {options.timeout} s\n{(error.stderr or b'')[-2000:]!r}"
+    lines = [line for line in output.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        print(f"{variant} of {model}, batch {batch}, failed:\n{output[-4000:]}", flush=True)
+        return None
+    result: dict[str, Any] = json.loads(lines[0].removeprefix("RESULT "))
+    listings = result.pop("top", []), result.pop("idle", [])
+    print(json.dumps(result), *itertools.chain(*listings), sep="\n", flush=True)
+    return result
+
+
+def compare(results: list[dict[str, Any]]) -> Iterator[str]:
+    """How many times as fast as each other variant of the run the first one was, by model and batch."""
+    for (model, batch), group in itertools.groupby(results, key=lambda result: (result["model"], result["batch"])):
+        first, *others = group
+        for other in others:
+            ratio = other["ms"] / first["ms"]
+            yield f"{model} batch {batch}: {first['variant']} is {ratio:.3f} times as fast as {other['variant']}"
+
+
 def main() -> None:
-    """Run the variants one after another."""
+    """Run the variants of each model and batch one after another."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=(*VARIANTS, *FLOAT8))
-    parser.add_argument("--batches", nargs="+", type=int, default=[8, 24])
-    parser.add_argument("--model", default="gpt2-large", choices=tuple(WORKLOADS))
+    parser.add_argument("--batches", nargs="+", type=int, help="samples of a step; by default what each model is for")
+    parser.add_argument("--model", nargs="+", default=["gpt2-large"], choices=tuple(WORKLOADS))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--profile", action="store_true", help="list the kernels of a few steps")
     parser.add_argument("--timeout", type=float, default=240.0, help="seconds per variant and batch")
-    parser.add_argument("--here", action="store_true", help="in this process (one variant, one batch)")
+    parser.add_argument("--here", action="store_true", help="in this process (one variant, one model, one batch)")
     options = parser.parse_args()
     if options.here:
-        result = measure(options.variants[0], options.model, options.batches[0], options.steps, options.profile)
+        result = measure(options.variants[0], options.model[0], options.batches[0], options.steps, options.profile)
         print("RESULT " + json.dumps(result), flush=True)
         return
     print(json.dumps(_versions()), flush=True)
-    for variant in options.variants:
-        for batch in options.batches:
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks.gpu",
-                "--here",
-                "--variants",
-                variant,
-                "--model",
-                options.model,
-            ]
-            command += ["--batches", str(batch), "--steps", str(options.steps)] + ["--profile"] * options.profile
-            try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=options.timeout, check=False)
-                output = done.stdout + done.stderr
-            except subprocess.TimeoutExpired as error:
-                output = f"no result in {options.timeout} s\n{(error.stderr or b'')[-2000:]!r}"
-            lines = [line for line in output.splitlines() if line.startswith("RESULT ")]
-            if not lines:
-                print(f"{variant} batch {batch} failed:\n{output[-4000:]}", flush=True)
-                continue
-            result = json.loads(lines[0].removeprefix("RESULT "))
-            listings = result.pop("top", []), result.pop("idle", [])
-            print(json.dumps(result), *itertools.chain(*listings), sep="\n", flush=True)
+    results = []
+    for model in options.model:
+        for batch in options.batches or BATCHES.get(model, (8, 24)):
+            for variant in options.variants:
+                results.append(run_apart(variant, model, batch, options))
+    print(*compare([result for result in results if result is not None]), sep="\n")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ it, and the first layer's input turns the buffer into the gradient of the table,
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -98,18 +99,15 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: SharedBias, rule: Ru
     return _BiasedAttention.apply(query, key, value, bias, rule)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """What attention does besides adding the bias.
+    """What attention does besides adding the bias."""
 
-    Args:
-        hidden: ``[batch, 1, 1, keys]``, ``True`` where a key is hidden.
-        scale: of the scores before the bias.
-    """
-
-    __slots__ = ("causal", "hidden", "scale")
-
-    def __init__(self, *, causal: bool, scale: float, hidden: Tensor | None = None) -> None:
-        self.causal, self.scale, self.hidden = causal, scale, hidden
+    causal: bool
+    scale: float
+    """Of the scores before the bias."""
+    hidden: Tensor | None = None
+    """``[batch, 1, 1, keys]``, ``True`` where a key is hidden."""
 
 
 class _BiasedAttention(torch.autograd.Function):
