@@ -24,7 +24,6 @@ from lightning_megatron.backends.core import (
 )
 from lightning_megatron.backends.core import TransformerConfig as CoreConfig
 from lightning_megatron.models.config import BertConfig
-from lightning_megatron.models.fused import FusedLoss, TensorParallel
 from lightning_megatron.models.specs import TorchNorm, bert_block_spec, layer_seed
 from lightning_megatron.models.transformer_config import BuildContext, Stage
 from lightning_megatron.models.vocabulary import VocabularyLoss
@@ -136,12 +135,7 @@ class BertChunk(VocabularyLoss):
             self._build_heads(config, core_config, context, padded)
         if config.num_labels is None and (self.pre_process or self.post_process):
             self.setup_embeddings_and_output_layer()
-        self.set_vocabulary(config, context)
-        self._fused_loss = None
-        if fused:
-            ranks = context.groups.tp.size()
-            parallel = TensorParallel(context.groups.tp, ranks, context.layout.sequence_parallel)
-            self._fused_loss = FusedLoss(config.vocab_size, padded, parallel)
+        self.set_vocabulary(config, context, fused=fused)
 
     def _build_heads(self, config: BertConfig, core_config: CoreConfig, context: BuildContext, padded: int) -> None:
         torch.manual_seed(layer_seed(context.seed, 0) + 3)
@@ -224,23 +218,13 @@ class BertChunk(VocabularyLoss):
         # Under sequence parallelism a rank's part of the states holds an unknown part of the masked tokens.
         whole = masked_positions is None or self.config.sequence_parallel or self.kept_logits is not None
         if whole:
-            return self._losses(states, weight, lm_labels), binary
+            return self.losses(self.lm_head(states), weight, lm_labels), binary
         assert masked_positions is not None
         length = lm_labels.size(1)
         real = masked_positions.clamp(max=length - 1)
-        losses = self._losses(_rows(states, real), weight, lm_labels.gather(1, real))
+        losses = self.losses(self.lm_head(_rows(states, real)), weight, lm_labels.gather(1, real))
         spread = losses.new_zeros(len(losses), length + 1).scatter(1, masked_positions, losses)
         return spread[:, :length], binary
-
-    def _losses(self, states: Tensor, weight: Tensor | None, labels: Tensor) -> Tensor:
-        """``[sequence, batch, hidden]`` and ``[batch, sequence]`` to ``[batch, sequence]``."""
-        states = self.lm_head(states)
-        if self._fused_loss is not None and self.kept_logits is None:
-            return self._fused_loss(
-                hidden_states=states, output_layer=self.output_layer, output_weight=weight, labels=labels
-            )
-        logits, _ = self.output_layer(states, weight=weight)
-        return self.compute_language_model_loss(labels, logits)
 
     def _embed(self, tokens: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
         """``[sequence, batch, hidden]``, split along the sequence under sequence parallelism."""

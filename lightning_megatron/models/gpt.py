@@ -10,7 +10,6 @@ from torch import Tensor
 from lightning_megatron.backends.core import GPTModel
 from lightning_megatron.backends.core import TransformerConfig as CoreConfig
 from lightning_megatron.models.config import GPTConfig
-from lightning_megatron.models.fused import FusedLoss, TensorParallel
 from lightning_megatron.models.specs import gpt_block_spec
 from lightning_megatron.models.transformer_config import BuildContext, Stage, transformer_config
 from lightning_megatron.models.vocabulary import VocabularyLoss
@@ -60,15 +59,10 @@ class GPTChunk(VocabularyLoss, GPTModel):
             pg_collection=context.groups,
             vp_stage=stage.vp_stage,
         )
-        self.set_vocabulary(config, context)
-        self._fused_loss = None
-        if fused:
-            ranks = context.groups.tp.size()
-            parallel = TensorParallel(context.groups.tp, ranks, context.layout.sequence_parallel)
-            self._fused_loss = FusedLoss(config.vocab_size, config.padded_vocab_size(ranks), parallel)
+        self.set_vocabulary(config, context, fused=fused)
 
     def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
         """As megatron-core's; with ``labels``, the loss of each token without ever holding all logits in float32."""
-        if labels is not None and self._fused_loss is not None and self.kept_logits is None:
-            kwargs["output_processor"] = self._fused_loss
+        if labels is not None and self.fused_loss is not None:
+            kwargs["output_processor"] = self.fused_loss
         return super().forward(*args, labels=labels, **kwargs)

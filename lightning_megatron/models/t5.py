@@ -28,7 +28,6 @@ from lightning_megatron.backends.core import (
 from lightning_megatron.backends.core import TransformerConfig as CoreConfig
 from lightning_megatron.models import shared_bias
 from lightning_megatron.models.config import T5Config
-from lightning_megatron.models.fused import FusedLoss, TensorParallel
 from lightning_megatron.models.position_bias import RelativePositionBias
 from lightning_megatron.models.shared_bias import SharedBias
 from lightning_megatron.models.specs import (
@@ -169,12 +168,8 @@ class T5Chunk(VocabularyLoss):
             )
         if self.pre_process or self.post_process:
             self.setup_embeddings_and_output_layer()
-        self.set_vocabulary(config, context)
-        self._fused_loss: FusedLoss | None = None
-        if fused:
-            ranks = context.groups.tp.size()
-            parallel = TensorParallel(context.groups.tp, ranks, context.layout.sequence_parallel)
-            self._fused_loss = FusedLoss(config.vocab_size, padded, parallel)
+        self.set_vocabulary(config, context, fused=fused)
+        self._shares_biases = fused
 
     def _position_bias(self, context: BuildContext, *, bidirectional: bool, seed: int) -> RelativePositionBias | None:
         if self.model_config.position_embedding_type != "relative":
@@ -249,7 +244,7 @@ class T5Chunk(VocabularyLoss):
         if table is None:
             return states, None
         drops = self.training and self.config.attention_dropout > 0.0
-        if self._fused_loss is None or drops or not shared_bias.usable(states, self.model_config.head_size):
+        if not self._shares_biases or drops or not shared_bias.usable(states, self.model_config.head_size):
             return states, table(length)
         bias = table.shared(length, states.dtype)
         return shared_bias.gather_gradient(states, table, bias), bias
@@ -300,11 +295,7 @@ class T5Chunk(VocabularyLoss):
             states = states * self.model_config.hidden_size**-0.5
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else None
-        if labels is not None and self._fused_loss is not None and self.kept_logits is None:
-            return self._fused_loss(
-                hidden_states=states, output_layer=self.output_layer, output_weight=weight, labels=labels
-            )
+        if labels is not None:
+            return self.losses(states, weight, labels)
         logits, _ = self.output_layer(states, weight=weight)
-        if labels is None:
-            return logits.transpose(0, 1).contiguous()
-        return self.compute_language_model_loss(labels, logits)
+        return logits.transpose(0, 1).contiguous()
