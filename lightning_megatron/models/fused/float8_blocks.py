@@ -14,7 +14,7 @@ from lightning_megatron.models.fused import float8_ops, ops
 from lightning_megatron.models.fused.blocks import LayerPlan
 from lightning_megatron.models.fused.float8 import LayerCall, Slot, Weight
 from lightning_megatron.models.fused.linear import column_gradients
-from lightning_megatron.models.fused.types import Dropout, Rotary
+from lightning_megatron.models.fused.types import Rotary
 
 
 class Float8AttentionInput(torch.autograd.Function):
@@ -75,8 +75,7 @@ class Float8AttentionOutputAndMLP(torch.autograd.Function):
         fc2_bias, seed, plan: LayerPlan, call: LayerCall,
     ):  # fmt: skip
         parallel = plan.parallel
-        probability = 0.0 if seed is None else plan.hidden_dropout
-        first, second = Dropout(probability, seed, 0), Dropout(probability, seed, 1)
+        first, second = plan.hidden(seed, 0), plan.hidden(seed, 1)
         attended = float8_ops.quantize(attention.reshape(-1, attention.size(-1)), call.cast(Slot.ATTENTION))
         projected = parallel.leave(call.linear(attended, Weight.PROJECTION, None))
         arguments = (residual, projected, proj_bias, first, norm_weight, norm_bias, plan.norm)
