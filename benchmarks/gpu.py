@@ -35,6 +35,7 @@ VARIANTS = ("ours", "unfused", "nano", "huggingface")
 FLOAT8: dict[str, dict[str, Any]] = {
     "ours-fp8": {},
     "ours-fp8-fast": {"fast_accumulation": "all"},
+    "ours-fp8-inputs": {"weight_gradients": False},
 }
 """Options of FP8 by variant. MFU stays against the peak of 16 bits."""
 

@@ -84,6 +84,8 @@ class Training(Job):
     reference: str | None = None
     """Name of the job of this part that it must equal."""
     precision: Precision = "32-true"
+    experts: bool = False
+    """A mixture of experts instead of dense layers."""
     save: str | None = None
     """Name of a checkpoint to write at its end."""
     load: str | None = None
@@ -101,7 +103,7 @@ class Training(Job):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation(Job):
-    """Greedy continuations of a few prompts."""
+    """Greedy continuations of a few prompts, from the weights of its reference."""
 
     reference: str | None = None
 
@@ -220,39 +222,77 @@ _BF16_LAYOUTS = (
     _layout(4, "pp2", distributed=True, overlap=True),
     _layout(8, "tp2_pp2_sp", distributed=True, overlap=True),
 )
-_LAYOUTS: dict[Precision, tuple[Layout, ...]] = {"32-true": _FP32_LAYOUTS, "bf16-mixed": _BF16_LAYOUTS}
-_WORDS: dict[Precision, str] = {"32-true": "fp32", "bf16-mixed": "bf16"}
+_EXPERT_LAYOUTS = (
+    _layout(2, "ep2"),
+    _layout(4, "pp2_ep2"),
+    _layout(4, "tp2_ep2_sp", distributed=True),
+    _layout(8, "pp2_ep4", distributed=True),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """What all jobs of an equality have in common."""
+
+    word: str
+    precision: Precision
+    layouts: tuple[Layout, ...]
+    experts: bool = False
+
+
+_CASES = (
+    _Case("fp32", "32-true", _FP32_LAYOUTS),
+    _Case("bf16", "bf16-mixed", _BF16_LAYOUTS),
+    _Case("fp32 experts", "32-true", _EXPERT_LAYOUTS, experts=True),
+)
+
+
+def _training(
+    part: str, case: _Case, layout: Layout, steps: int, what: str = "", limit: float = 60.0, **options: Any
+) -> Training:
+    name = f"{layout} {case.word}{what}"
+    return Training(part=part, name=name, layout=layout, steps=steps, precision=case.precision, experts=case.experts,
+                    limit=limit, **options)  # fmt: skip
+
+
+def _one_process(part: str, case: _Case, steps: int) -> tuple[Training, Training]:
+    """The steps of one process, and its first alone, after which all layouts go on.
+
+    On a GPU a seed gives other weights at another tensor-parallel size, so they cannot begin by themselves.
+    """
+    whole = _training(part, case, _layout(1), steps, limit=90.0)  # kernels are compiled in this
+    file = f"first-{case.word}".replace(" ", "-")
+    return whole, _training(part, case, _layout(1), 1, ", its first step", reference=whole.name, save=file)
 
 
 def _equivalence() -> Iterator[Job]:
-    one = {precision: f"tp1 {word}" for precision, word in _WORDS.items()}
-    for precision, name in one.items():  # kernels are compiled in these
-        yield Training(part="a", name=name, layout=_layout(1), steps=5, precision=precision, limit=90.0)
-    layouts = [(layout, precision) for precision, layouts in _LAYOUTS.items() for layout in layouts]
+    found: list[Job] = []
+    for case in _CASES:
+        whole, first = _one_process("a", case, 6)
+        yield from (whole, first)
+        found += [_training("a", case, layout, 6, reference=whole.name, load=first.save) for layout in case.layouts]
     # The largest first, which nothing smaller replaces if time runs out.
-    for layout, precision in sorted(layouts, key=lambda pair: -pair[0].gpus):
-        name = f"{layout} {_WORDS[precision]}"
-        yield Training(part="a", name=name, layout=layout, steps=5, precision=precision, reference=one[precision])
+    yield from sorted(found, key=lambda job: -job.layout.gpus)
 
 
 def _resharding() -> Iterator[Job]:
-    """Three steps in one layout and three in another are six of one process."""
+    """After the first step three in one layout and three in another are seven of one process."""
     ways = (
         (_layout(2, "tp2_sp"), (_layout(2, "pp2_vpp2"), _layout(1))),
         (_layout(2, distributed=True, overlap=True), (_layout(2, "tp2"),)),
         (_layout(4, "tp2_pp2_sp", distributed=True), (_layout(4, distributed=True), _layout(2, "pp2"))),
         (_layout(8, "tp2_pp2_sp", distributed=True), (_layout(8, "tp4_pp2"), _layout(4, distributed=True))),
     )
-    for precision, word in _WORDS.items():
-        one = f"tp1 {word}"
-        yield Training(part="c", name=one, layout=_layout(1), steps=6, precision=precision, limit=90.0)
-        for source, targets in ways if precision == "32-true" else ways[::2]:
-            file = f"{source} {word}".replace(" ", "-")
-            yield Training(part="c", name=f"{source} {word}, saved", layout=source, steps=3, precision=precision,
-                           reference=one, save=file)  # fmt: skip
+    for case in _CASES[:2]:
+        whole, first = _one_process("c", case, 7)
+        yield from (whole, first)
+        for source, targets in ways if case.precision == "32-true" else ways[::2]:
+            file = f"{source} {case.word}".replace(" ", "-")
+            yield _training("c", case, source, 4, ", saved", reference=whole.name, load=first.save, save=file)
             for target in targets:
-                yield Training(part="c", name=f"{source} {word}, resumed as {target}", layout=target, steps=6,
-                               precision=precision, reference=one, load=file)  # fmt: skip
+                what = f", resumed as {target}"
+                yield replace(_training("c", case, target, 7, reference=whole.name, load=file),
+                              name=f"{source} {case.word}{what}")  # fmt: skip
 
 
 def _generation() -> Iterator[Job]:

@@ -19,6 +19,7 @@ import socket
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
@@ -104,15 +105,22 @@ def small_gpt(setting: Setting, **changes: Any) -> lm.GPTConfig:
     return config.replace(**changes)
 
 
+EXPERTS = {"num_moe_experts": 4, "moe_aux_loss_coeff": 0.01, "add_bias_linear": False}
+"""Without biases, which megatron-core's experts have at TP=1 alone."""
+
+
 def strategy_of(layout: Layout, micro_batch_size: int) -> lm.MegatronStrategy:
-    """The strategy of a layout."""
+    """The strategy of a layout. On a GPU weights depend on it, so here they do everywhere: each has a seed of its own.
+
+    What is to be equal has its weights from a checkpoint.
+    """
     return lm.MegatronStrategy(
         layout.sizes,
         micro_batch_size=micro_batch_size,
         use_distributed_optimizer=layout.distributed_optimizer,
         overlap_grad_reduce=layout.overlap,
         overlap_param_gather=layout.overlap and layout.distributed_optimizer,
-        seed=1,
+        seed=zlib.crc32(str(layout).encode()) % 1000,
     )
 
 
@@ -132,7 +140,7 @@ def trainer_of(setting: Setting, strategy: lm.MegatronStrategy, gpus: int, **opt
 
 def train(job: Training, setting: Setting, events: Events) -> dict[str, Any]:
     """Losses and gradient norms of the steps taken."""
-    config = small_gpt(setting)
+    config = small_gpt(setting, **(EXPERTS if job.experts else {}))
     module = lm.GPTModule(config, lm.OptimizerConfig(lr=2e-3, lr_warmup_steps=2, lr_decay_steps=100))
     tells = job.kill_at is not None and os.environ["RANK"] == "0"
     record = Record(events if tells else None)
@@ -258,7 +266,10 @@ def generate(job: Generation, setting: Setting) -> dict[str, Any]:
     config = small_gpt(setting, init_method_std=0.2)
     module = lm.GPTModule(config)
     trainer = trainer_of(setting, strategy_of(job.layout, MICRO_BATCH), job.layout.gpus, limit_val_batches=1)
-    trainer.validate(module, Tokens(module, config, 1), verbose=False)
+    weights = setting.directory / "weights"
+    trainer.validate(module, Tokens(module, config, 1), ckpt_path=weights if job.reference else None, verbose=False)
+    if job.reference is None:
+        trainer.save_checkpoint(weights)
     texts = [list(found.new_tokens) for found in module.generate(PROMPTS, max_new_tokens=NEW_TOKENS)]
     began = time.perf_counter()
     module.generate(PROMPTS, max_new_tokens=NEW_TOKENS)

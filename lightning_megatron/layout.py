@@ -137,6 +137,31 @@ class ParallelLayout:
 
     # ----------------------------------------------------------------- guards
 
+    def check_experts(self, num_moe_experts: int | None, *, add_bias_linear: bool) -> None:
+        """Raise :class:`LayoutError` unless a model with so many experts, or ``None``, can be split this way."""
+        size = self.expert_model_parallel_size
+        if num_moe_experts is None:
+            if size > 1:
+                raise LayoutError(
+                    f"expert_model_parallel_size={size}, but the model has no experts. Set num_moe_experts, or "
+                    "expert_model_parallel_size=1."
+                )
+            return
+        if num_moe_experts % size:
+            fit = ", ".join(str(n) for n in range(1, num_moe_experts + 1) if num_moe_experts % n == 0)
+            raise LayoutError(
+                f"num_moe_experts={num_moe_experts} is not divisible by expert_model_parallel_size={size}. Sizes that "
+                f"fit: {fit}."
+            )
+        tp = self.tensor_model_parallel_size
+        if tp > 1 and not self.sequence_parallel:
+            raise LayoutError(f"Experts with tensor_model_parallel_size={tp} need sequence_parallel=True.")
+        if tp > 1 and add_bias_linear:
+            raise LayoutError(
+                f"Experts with biases cannot be split over tensor_model_parallel_size={tp} ranks, each of which would "
+                "add them. Set add_bias_linear=False, or tensor_model_parallel_size=1."
+            )
+
     def check_model(
         self,
         *,

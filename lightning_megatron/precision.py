@@ -37,9 +37,8 @@ class Float8:
     magnitudes of the last few micro-batches and are exact in the first one, so checkpoints need not hold them.
     """
 
-    weight_gradients: bool = False
-    """Compute weight gradients in FP8 too; ``False`` leaves them at 16 bits, which is slower and more precise. On a GPU
-    only ``False`` so far: there FP8 weight gradients have not passed their test."""
+    weight_gradients: bool = True
+    """Compute weight gradients in FP8 too; ``False`` leaves them at 16 bits, which is slower and more precise."""
     gradients: Literal["e5m2", "e4m3"] = "e5m2"
     """The format of gradients of activations: wide range, or one more bit of precision."""
     history: int = 16
@@ -59,8 +58,7 @@ class Float8:
         """Refuse devices on which these options do not work.
 
         Raises:
-            ValueError: a GPU older than Ada and Hopper, or FP8 weight gradients on any GPU. A CPU computes the same
-                values, for tests.
+            ValueError: a GPU older than Ada and Hopper. A CPU computes the same values, for tests.
         """
         if device.type != "cuda":
             return
@@ -70,11 +68,6 @@ class Float8:
                 f"fp8 needs a GPU of compute capability 8.9 or higher (Ada, Hopper), but "
                 f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}. Leave out "
                 "MegatronPrecision(fp8=...)."
-            )
-        if self.weight_gradients:
-            raise ValueError(
-                "fp8: weight gradients in FP8 have not passed their test on a GPU yet, where losses became NaN. Use "
-                "Float8(weight_gradients=False), the default, which computes them in 16 bits."
             )
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lightning_megatron.auto import Choice, Devices, Work, choose
 from lightning_megatron.backends import core, rng
+from lightning_megatron.backends.groups import connected_when_used
 from lightning_megatron.checkpoint.io import load, load_weights, snapshot
 from lightning_megatron.checkpoint.metadata import HasTokenizer
 from lightning_megatron.checkpoint.publish import local_path
@@ -206,6 +207,11 @@ class MegatronStrategy(DDPStrategy):
     @override
     def setup_environment(self) -> None:
         self.layout.data_parallel_size(self.world_size)  # before any process waits for another
+        if self.root_device.type == "cuda" and self.process_group_backend == "gloo":
+            raise LayoutError(
+                f"process_group_backend='gloo' cannot reduce gradients on {self.root_device}. Leave it out, or set "
+                "'nccl'; with fewer GPUs than ranks, train on the CPU (accelerator='cpu')."
+            )
         if self._forks:
             # OpenMP's threads stay in the notebook's process, and a fork that used more than one would wait for them.
             torch.set_num_threads(1)
@@ -278,16 +284,18 @@ class MegatronStrategy(DDPStrategy):
         if self.precision_plugin.policy.float8 is not None:
             self.precision_plugin.policy.float8.check_device(self.root_device)
         layout, state = self.layout, core.parallel_state
+        timeout = self._timeout or timedelta(minutes=10)
         state.destroy_model_parallel()  # also what an initialisation that broke off has left
-        state.initialize_model_parallel(
-            tensor_model_parallel_size=layout.tensor_model_parallel_size,
-            pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
-            virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
-            context_parallel_size=layout.context_parallel_size,
-            expert_model_parallel_size=layout.expert_model_parallel_size,
-            create_gloo_process_groups=False,
-            distributed_timeout_minutes=max(1, round((self._timeout or timedelta(minutes=10)).total_seconds() / 60)),
-        )
+        with connected_when_used():
+            state.initialize_model_parallel(
+                tensor_model_parallel_size=layout.tensor_model_parallel_size,
+                pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+                virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
+                context_parallel_size=layout.context_parallel_size,
+                expert_model_parallel_size=layout.expert_model_parallel_size,
+                create_gloo_process_groups=False,
+                distributed_timeout_minutes=max(1, round(timeout.total_seconds() / 60)),
+            )
         seed = self._seed if self._seed is not None else int(os.environ.get("PL_GLOBAL_SEED", DEFAULT_SEED))
         rng.seed(seed, state.get_pipeline_model_parallel_rank())
         groups = core.ProcessGroupCollection.use_mpu_process_groups()

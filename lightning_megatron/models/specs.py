@@ -149,6 +149,18 @@ def self_attention_submodules(submodules: Any, core_attention: Any = SDPACoreAtt
     return submodules
 
 
+class ExpertRowParallelLinear(tensor_parallel.RowParallelLinear):
+    """The output of an expert with biases, to which megatron-core adds the bias in place.
+
+    Over one tensor-parallel rank its reduction returns its input as it is, and autograd lets nobody write to that.
+    """
+
+    def forward(self, input_: torch.Tensor) -> Any:
+        """``[tokens, width]``, as megatron-core's."""
+        output, bias = super().forward(input_)
+        return output.clone(), bias
+
+
 def gpt_block_spec(
     config: TransformerConfig,
     seed: int,
@@ -163,6 +175,8 @@ def gpt_block_spec(
     submodules = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=False).submodules
     core_attention = partial(SDPACoreAttention, alibi=True) if alibi else SDPACoreAttention
     submodules = self_attention_submodules(submodules, core_attention)
+    if config.num_moe_experts is not None and config.add_bias_linear:
+        submodules.mlp.keywords["submodules"].experts.keywords["submodules"].linear_fc2 = ExpertRowParallelLinear
     module = SeededFusedLayer if fused else SeededTransformerLayer
     layer = ModuleSpec(module=module, submodules=submodules, params={"seed": seed, **_float8(module, float8)})
     count = get_num_layers_to_build(config, vp_stage)

@@ -82,6 +82,7 @@ def transformer_config(
         num_query_groups=model.num_query_groups,
         ffn_hidden_size=model.ffn_size,
     )
+    layout.check_experts(getattr(model, "num_moe_experts", None), add_bias_linear=model.add_bias_linear)
     interleaved = layout.num_chunks > 1
     on_cpu = context.device.type == "cpu"
     return TransformerConfig(

@@ -27,12 +27,15 @@ def fit(
 
 
 TP, PP, VPP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"
+EP = "expert_model_parallel_size"
 
 CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], str, list[str]]] = {
     "world size": (3, {TP: 2}, {}, "LayoutError", ["world size of 3", "tensor_model_parallel_size=2", "devices="]),
     "heads": (2, {TP: 2}, {"num_attention_heads": 1}, "LayoutError", ["num_attention_heads=1", "size=2"]),
     "query groups": (4, {TP: 4}, {"num_query_groups": 1, "num_attention_heads": 2}, "LayoutError", ["=2", "=4"]),
     "ffn": (2, {TP: 2}, {"ffn_hidden_size": 33}, "LayoutError", ["ffn_hidden_size=33", "size=2"]),
+    "experts": (2, {EP: 2}, {"num_moe_experts": 3}, "LayoutError", ["num_moe_experts=3", "size=2", "fit: 1, 3"]),
+    "no experts": (2, {EP: 2}, {}, "LayoutError", ["expert_model_parallel_size=2", "no experts", "num_moe_experts"]),
     "layers": (2, {PP: 2}, {"num_layers": 3}, "LayoutError", ["num_layers=3", "3 layers for 2", "first_pipeline"]),
     "chunks": (2, {PP: 2, VPP: 3}, {}, "LayoutError", ["2 layers", "virtual_pipeline_model_parallel_size=3"]),
     "uneven": (2, {PP: 2, "num_layers_in_first_pipeline_stage": 9}, {}, "LayoutError", ["num_layers=4", "9"]),
@@ -86,6 +89,25 @@ def test_layouts_that_cannot_exist() -> None:
         lm.MegatronStrategy(overlap_param_gather=True)
     with pytest.raises(lm.LayoutError, match="micro_batch_size=0"):
         lm.MegatronStrategy(micro_batch_size=0)
+
+
+def test_experts_that_cannot_be_split() -> None:
+    split = lm.ParallelLayout(tensor_model_parallel_size=2)
+    with pytest.raises(lm.LayoutError, match=r"tensor_model_parallel_size=2 need sequence_parallel=True"):
+        split.check_experts(4, add_bias_linear=False)
+    split = lm.ParallelLayout(tensor_model_parallel_size=2, sequence_parallel=True)
+    split.check_experts(4, add_bias_linear=False)
+    with pytest.raises(lm.LayoutError, match=r"biases .* tensor_model_parallel_size=2 .* Set add_bias_linear=False"):
+        split.check_experts(4, add_bias_linear=True)
+
+
+def test_gloo_is_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it crashes: megatron-core reduces gradients in ways that gloo has for the host alone."""
+    strategy = lm.MegatronStrategy(process_group_backend="gloo")
+    monkeypatch.setattr(type(strategy), "root_device", torch.device("cuda", 0))
+    monkeypatch.setattr(type(strategy), "world_size", 1)
+    with pytest.raises(lm.LayoutError, match=r"process_group_backend='gloo' .* cuda:0\. .* 'nccl'"):
+        strategy.setup_environment()
 
 
 class Plain(pl.LightningModule):

@@ -53,8 +53,8 @@ class Batches:
 
 class Masked(Batches):
     def batch(self, text: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """For a BERT, some of whose samples are padded."""
-        text = text[:, :-1]
+        """For a BERT, some of whose samples are padded. Few words occur, which it learns quickly."""
+        text = text[:, :-1] % 50
         masked = torch.rand(text.shape, generator=generator) < 0.15
         attention = torch.ones_like(text)
         attention[1::2, 100:] = 0
@@ -119,19 +119,22 @@ def config(name: str, **changes: Any) -> Any:
         return lm.T5Config(**sizes, ffn_hidden_size=512).replace(**changes)
     if name == "alibi":
         changes["position_embedding_type"] = "alibi"
-    if name == "llama":
+    if name == "experts":  # run by megatron-core's own layers
+        changes |= {"num_moe_experts": 4, "moe_aux_loss_coeff": 0.01}
+    if name in ("llama", "experts"):
         return lm.GPTConfig.llama(**sizes, num_query_groups=2, ffn_hidden_size=512).replace(**changes)
     return lm.GPTConfig(**sizes).replace(**changes)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "alibi", "bert", "t5"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "alibi", "bert", "t5", "experts"])
 def test_loss_curve_in_bf16_follows_unfused_fp32(name):
     expected = train(config(name), "32-true", fused=False, steps=60)
     actual = train(config(name), "bf16-mixed", fused=True, steps=60)
-    assert actual.captured == {"bert": 0, "t5": 8}.get(name, 4)  # BERT's batches are padded
+    assert actual.captured == {"bert": 0, "t5": 8, "experts": 0}.get(name, 4)  # BERT's batches are padded
     assert expected.captured == 0
     a, e = (torch.stack(record.losses).float().cpu() for record in (actual, expected))
     assert e[-1] < 0.95 * e[0]
+    print(f"{name}: fp32 {e[0]:.4f} to {e[-1]:.4f}, bf16 {a[-1]:.4f}, worst step {float((a / e - 1).abs().max()):.3%}")
     torch.testing.assert_close(a, e, rtol=0.01, atol=0.0)
 
 

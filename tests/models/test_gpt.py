@@ -125,6 +125,13 @@ def test_experts_in_parallel(ranks: RankPool) -> None:
                 assert run[2][name] == pytest.approx(reference[2][name], abs=1e-5)
 
 
+def test_experts_with_biases(ranks: RankPool) -> None:
+    build, batch = partial(make, **(EXPERTS | {"add_bias_linear": True})), tokens()
+    (reference,) = ranks.run(fit, 1, build, batch, {"mbs": 2})
+    for run in ranks.run(fit, 2, build, batch, {"ep": 2, "mbs": 2}):
+        assert_same(run, reference)
+
+
 def test_bad_input() -> None:
     for changes, words in (
         ({"num_attention_heads": 5}, "not divisible by num_attention_heads=5"),

@@ -1,0 +1,56 @@
+"""When NCCL's communicators are made, by what Lightning tells torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import lightning_megatron as lm
+from lightning_megatron.backends import core
+from lightning_megatron.backends.groups import connected_when_used
+from tests.helpers import SharedLoader, quiet_trainer, tiny_config
+from tests.ranks import RankPool
+
+BOUND = torch.device("cuda", 0)
+
+
+class Bound(lm.MegatronStrategy):
+    """On a CPU as Lightning does it on a GPU: the default group is bound to a device, and with it each new group."""
+
+    def setup_distributed(self) -> None:
+        super().setup_distributed()
+        dist.group.WORLD.bound_device_id = BOUND  # type: ignore[union-attr]
+
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        group = core.parallel_state.get_tensor_model_parallel_group()
+        self.found = [dist.group.WORLD.bound_device_id, group.bound_device_id]  # type: ignore[union-attr]
+        dist.group.WORLD.bound_device_id = None  # type: ignore[union-attr]  # or a barrier would ask for CUDA
+
+
+def set_up() -> list[torch.device | None]:
+    """What the default group and one of megatron-core's are bound to when all are made."""
+    module, strategy = lm.GPTModule(tiny_config()), Bound()
+    quiet_trainer(strategy, 1, max_steps=1).fit(module, SharedLoader(module))
+    return strategy.found
+
+
+def one_group() -> None:
+    dist.init_process_group("gloo", rank=0, world_size=1)
+    default = dist.group.WORLD
+    assert default is not None
+    default.bound_device_id = BOUND
+    assert dist.new_group().bound_device_id == BOUND  # what torch takes for "connect"
+    with connected_when_used():
+        assert dist.new_group().bound_device_id is None
+    assert default.bound_device_id == BOUND
+    with pytest.raises(KeyError), connected_when_used():
+        raise KeyError
+    assert default.bound_device_id == BOUND
+    default.bound_device_id = None
+
+
+def test_groups_are_not_connected_before_they_are_used(ranks: RankPool) -> None:
+    ranks.run(one_group, 1)
+    assert ranks.run(set_up, 1) == [[BOUND, None]]
