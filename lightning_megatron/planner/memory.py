@@ -19,6 +19,10 @@ from lightning_megatron.planner.pipeline import chunks_in_flight
 from lightning_megatron.planner.settings import NO_RECOMPUTE, AttentionKernel, Batch, Recompute, Runtime
 
 
+_COMMUNICATORS = 3
+"""Groups used in any layout, even of one rank: all ranks, those of the gradients, and those of the model."""
+
+
 @dataclass(frozen=True, slots=True)
 class LayerActivations:
     """Bytes that one layer keeps of one micro-batch for its backward, on one rank."""
@@ -184,12 +188,8 @@ def stage_memory(
     )
     last = layout.pipeline_model_parallel_size - 1
     logits = logits_bytes(model, layout, batch, micro_batch_size) if stage == last else 0.0
-    groups = (
-        layout.tensor_model_parallel_size,
-        layout.pipeline_model_parallel_size,
-        layout.context_parallel_size,
-        data_parallel_size,
-    )
+    groups = (layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.context_parallel_size)
+    communicators = _COMMUNICATORS + sum(size > 1 for size in groups)
     memory = StageMemory(
         stage=stage,
         parameters=parameters,
@@ -202,9 +202,7 @@ def stage_memory(
         overhead=0.0,
     )
     overhead = (
-        runtime.context_bytes
-        + runtime.communicator_bytes * sum(size > 1 for size in groups)
-        + runtime.fragmentation * memory.allocated
+        runtime.context_bytes + runtime.communicator_bytes * communicators + runtime.fragmentation * memory.allocated
     )
     return replace(memory, overhead=overhead)
 
