@@ -1,6 +1,6 @@
 """Training speed on one GPU: the package through ``Trainer(strategy="megatron")`` beside its peers, in one run.
 
-    python -m benchmarks.gpu --variants ours nano huggingface unfused --batches 8 24
+    python -m benchmarks.gpu --variants ours nano huggingface unfused megatron-core transformer-engine --batches 8 24
 
 Each variant runs in a process of its own. A step is timed by CUDA events over its whole cycle, data transfer and
 logging included; the median of the last steps counts. MFU is against 989 TFLOP/s with the operations of
@@ -16,7 +16,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -31,7 +32,8 @@ PROFILED = 5
 """Steps, one of which is logged. They begin with an idle device, which the first of them fills."""
 BATCHES = {"llama-1b": (4,), "llama-1b-alibi": (4,), "bert-large": (32,), "t5-large": (16,)}
 """Samples of a step, where they are not 8 and 24."""
-VARIANTS = ("ours", "unfused", "nano", "huggingface")
+VARIANTS = ("ours", "unfused", "nano", "huggingface", "megatron-core", "transformer-engine")
+"""The last two are megatron-core without the package, with its own layers and with TransformerEngine's."""
 FLOAT8: dict[str, dict[str, Any]] = {
     "ours-fp8": {},
     "ours-fp8-fast": {"fast_accumulation": "all"},
@@ -159,11 +161,17 @@ def run_ours(workload: Workload, batch: int, steps: int, clock: Clock, variant: 
 
 def run_peer(workload: Workload, batch: int, steps: int, clock: Clock, name: str) -> list[float]:
     """One of :mod:`benchmarks.peers`, with the same batches."""
-    from benchmarks import peers
+    from benchmarks import megatron_peers, peers
 
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)
-    step = {"nano": peers.nano, "huggingface": peers.huggingface}[name](workload)
+    build: dict[str, Callable[[Workload], Callable[[Batch], Tensor]]] = {
+        "nano": peers.nano,
+        "huggingface": peers.huggingface,
+        "megatron-core": partial(megatron_peers.megatron, layers="megatron-core"),
+        "transformer-engine": partial(megatron_peers.megatron, layers="transformer-engine"),
+    }
+    step = build[name](workload)
     losses = []
     for data in RandomTokens(workload, batch, steps):
         losses.append(step({name: tensor.cuda(non_blocking=True) for name, tensor in data.items()}))
@@ -203,7 +211,7 @@ def _versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
-    for name in ("triton", "megatron-core", "lightning", "transformers", "transformer-engine"):
+    for name in ("triton", "megatron-core", "lightning", "transformers", "transformer-engine", "apex"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -255,6 +263,13 @@ def main() -> None:
         print("RESULT " + json.dumps(result), flush=True)
         return
     print(json.dumps(_versions()), flush=True)
+    if "transformer-engine" in options.variants:
+        from benchmarks.megatron_peers import unavailable
+
+        reason = unavailable("transformer-engine")
+        if reason is not None:
+            print(f"transformer-engine is left out: {reason}", flush=True)
+            options.variants.remove("transformer-engine")
     results = []
     for model in options.model:
         for batch in options.batches or BATCHES.get(model, (8, 24)):

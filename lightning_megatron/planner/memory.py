@@ -18,7 +18,6 @@ from lightning_megatron.planner.parameters import layer_widths, layers_per_chunk
 from lightning_megatron.planner.pipeline import chunks_in_flight
 from lightning_megatron.planner.settings import NO_RECOMPUTE, AttentionKernel, Batch, Recompute, Runtime
 
-
 _COMMUNICATORS = 3
 """Groups used in any layout, even of one rank: all ranks, those of the gradients, and those of the model."""
 
