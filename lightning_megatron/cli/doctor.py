@@ -91,8 +91,8 @@ def _print(console: Console, findings: list[Finding]) -> None:
 
 def _print_kernels(console: Console) -> list[Finding]:
     """The table of kernels; a problem instead if the models cannot be imported."""
+    from lightning_megatron.backends import report
     from lightning_megatron.diagnosis.finding import problem
-    from lightning_megatron.diagnosis.kernels import report
 
     try:
         kernels = report()

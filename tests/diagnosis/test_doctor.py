@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from lightning_megatron.backends import report
 from lightning_megatron.cli.doctor import _selftest_findings
 from lightning_megatron.cli.main import main
 from lightning_megatron.diagnosis import Status, environment
 from lightning_megatron.diagnosis.environment import requirement
-from lightning_megatron.diagnosis.kernels import report
 from lightning_megatron.diagnosis.selftest import SelfTest, Trial, layouts, run_selftest
 
 
@@ -81,12 +81,10 @@ def test_a_host_without_an_address_is_a_problem(monkeypatch: Any) -> None:
     assert "/etc/hosts" in found.remedy
 
 
-def test_another_apex_is_noticed(monkeypatch: Any) -> None:
-    specs = {"apex": object(), "apex.optimizers": None}
-    find = environment.importlib.util.find_spec
-    monkeypatch.setattr(
-        environment.importlib.util, "find_spec", lambda name: specs.get(name, find(name) if name not in specs else None)
-    )
+def test_another_apex_is_noticed(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("import no_such_package_of_mine")  # it must not be imported for that
+    monkeypatch.syspath_prepend(tmp_path)
     assert [finding.remedy for finding in environment._extensions()] == ["pip uninstall apex"]
 
 
