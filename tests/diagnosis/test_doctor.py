@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from lightning_megatron.backends import report
+from lightning_megatron.backends import inventory, report
+from lightning_megatron.backends.inventory import Kernel
 from lightning_megatron.cli.doctor import _selftest_findings
 from lightning_megatron.cli.main import main
 from lightning_megatron.diagnosis import Status, environment
@@ -92,6 +93,13 @@ def test_every_kernel_says_why() -> None:
     kernels = {kernel.part: kernel for kernel in report()}
     assert {"attention", "AdamW", "layers and loss", "gradient norm and clipping", "megatron-core"} <= set(kernels)
     assert all(kernel.choice and kernel.why for kernel in kernels.values())
+
+
+def test_the_reason_of_a_broken_build_is_no_markup(monkeypatch: Any, capsys: Any) -> None:
+    kernel = Kernel("Apex", "not used", "broken: OSError: [/usr/lib/libcudart.so]")
+    monkeypatch.setattr(inventory, "report", lambda: [kernel])
+    assert main(["doctor", "--no-self-test"]) == 0
+    assert kernel.why in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------- self-test
