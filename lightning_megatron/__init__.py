@@ -72,7 +72,7 @@ _HOMES = {
     "gather_across_data_parallel_groups": "models.collectives",
     "from_pretrained": "models.registry",
 }
-_SUBPACKAGES = ("callbacks", "checkpoint", "compat", "data", "generation", "planner")
+_SUBPACKAGES = ("backends", "callbacks", "checkpoint", "compat", "data", "generation", "planner")
 
 
 def __getattr__(name: str) -> Any:

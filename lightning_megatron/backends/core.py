@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import psutil
 import torch
 
-from lightning_megatron.backends import cpu, kernels
+from lightning_megatron.backends import cpu, extensions, kernels
 
 
 @contextmanager
@@ -61,6 +61,7 @@ if not torch.cuda.is_available():
     cpu.install()
 
 with _quiet_import():
+    extensions.keep_out_broken()
     from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
     from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
@@ -71,7 +72,9 @@ with _quiet_import():
         finalize_model_grads,
     )
     from megatron.core.enums import ModelType
+    from megatron.core.extensions.transformer_engine import TENorm
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+    from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
     from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
     from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -108,7 +111,7 @@ with _quiet_import():
         get_transformer_layer_offset,
     )
     from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint, sharded_state_dict_default
-    from megatron.core.utils import divide, get_model_config
+    from megatron.core.utils import divide, get_model_config, make_viewless_tensor
 
 kernels.install()
 for _logger in (gpt_model.logger, distributed_data_parallel.logger):
@@ -156,6 +159,7 @@ __all__ = [
     "FP32Optimizer",
     "Float16Module",
     "Float16Optimizer",
+    "FusedLayerNorm",
     "GPTModel",
     "IdentityOp",
     "LanguageModelEmbedding",
@@ -173,6 +177,7 @@ __all__ = [
     "ShardedObject",
     "ShardedTensor",
     "ShardedTensorFactory",
+    "TENorm",
     "TransformerBlock",
     "TransformerBlockSubmodules",
     "TransformerConfig",
@@ -194,6 +199,7 @@ __all__ = [
     "initialize_rng_tracker",
     "is_counted_here",
     "make_sharded_tensors_for_checkpoint",
+    "make_viewless_tensor",
     "model_parallel_cuda_manual_seed",
     "parallel_state",
     "replace_prefix_for_sharding",

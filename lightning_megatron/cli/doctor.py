@@ -91,8 +91,10 @@ def _print(console: Console, findings: list[Finding]) -> None:
 
 def _print_kernels(console: Console) -> list[Finding]:
     """The table of kernels; a problem instead if the models cannot be imported."""
+    from rich.markup import escape
+
+    from lightning_megatron.backends import report
     from lightning_megatron.diagnosis.finding import problem
-    from lightning_megatron.diagnosis.kernels import report
 
     try:
         kernels = report()
@@ -102,7 +104,7 @@ def _print_kernels(console: Console) -> list[Finding]:
         _print(console, found)
         return found
     for kernel in kernels:
-        console.print(f"  {kernel.part:<28} {kernel.choice}  [dim]({kernel.why})[/]")
+        console.print(f"  {kernel.part:<28} {escape(kernel.choice)}  [dim]({escape(kernel.why)})[/]")
     return []
 
 

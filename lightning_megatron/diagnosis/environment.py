@@ -16,6 +16,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from lightning_megatron.backends.extensions import another_apex
 from lightning_megatron.diagnosis.finding import Finding, note, ok, problem
 
 _GIB = 2**30
@@ -71,8 +72,8 @@ def requirement(text: str) -> Finding:
 
 
 def _extensions() -> Iterator[Finding]:
-    """TransformerEngine and Apex are not needed; a broken one breaks the import of megatron-core."""
-    if importlib.util.find_spec("apex") is not None and importlib.util.find_spec("apex.optimizers") is None:
+    """TransformerEngine and Apex are not needed, and a broken one is not used; its owner may want to know."""
+    if another_apex():
         yield note("apex", "this is not NVIDIA's Apex, but an unrelated package", "pip uninstall apex")
     if importlib.util.find_spec("transformer_engine") is not None:
         try:

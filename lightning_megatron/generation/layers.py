@@ -19,9 +19,10 @@ from torch import Tensor
 from lightning_megatron.backends.core import MLP, CrossAttention, SelfAttention, TransformerLayer
 from lightning_megatron.errors import ModuleError
 from lightning_megatron.generation.protocol import Step
+from lightning_megatron.models.norms import ExtensionNorm
 
 _SLICES = 4
-_NORMS = (torch.nn.LayerNorm, torch.nn.RMSNorm)
+_NORMS = (torch.nn.LayerNorm, torch.nn.RMSNorm, ExtensionNorm)
 
 
 class KVCache:

@@ -24,7 +24,8 @@ from lightning_megatron.backends.core import (
 )
 from lightning_megatron.backends.core import TransformerConfig as CoreConfig
 from lightning_megatron.models.config import BertConfig
-from lightning_megatron.models.specs import TorchNorm, bert_block_spec, layer_seed
+from lightning_megatron.models.norms import TorchNorm
+from lightning_megatron.models.specs import bert_block_spec, layer_seed
 from lightning_megatron.models.transformer_config import BuildContext, Stage
 from lightning_megatron.models.vocabulary import VocabularyLoss
 

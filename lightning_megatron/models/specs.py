@@ -28,25 +28,9 @@ from lightning_megatron.backends.core import (
     tensor_parallel,
 )
 from lightning_megatron.models.attention import SDPACoreAttention
-from lightning_megatron.models.fused import FusedTransformerLayer
+from lightning_megatron.models.fused import FusedTransformerLayer, reason_not_used
+from lightning_megatron.models.norms import TorchNorm, UnfusedNorm
 from lightning_megatron.precision import Float8
-
-
-class TorchNorm:
-    """torch's LayerNorm or RMSNorm, usable under sequence parallelism.
-
-    megatron-core's ``WrappedTorchNorm`` refuses sequence parallelism. All that it takes is the mark on the parameters,
-    which lets ``finalize_model_grads`` sum their gradients over the tensor-parallel ranks.
-    """
-
-    def __new__(  # type: ignore[misc]
-        cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object
-    ) -> torch.nn.Module:
-        norm = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}[config.normalization]
-        module: torch.nn.Module = norm(hidden_size, eps=eps, dtype=config.params_dtype)
-        for parameter in module.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        return module
 
 
 class SeededTransformerLayer(TransformerLayer):
@@ -90,8 +74,8 @@ class PostNormLayer(SeededTransformerLayer):
 
     def __init__(self, config: TransformerConfig, submodules: Any, layer_number: int = 1, **kwargs: Any) -> None:
         super().__init__(config, submodules, layer_number, **kwargs)
-        self.post_self_attn_layernorm = TorchNorm(config, config.hidden_size, config.layernorm_epsilon)
-        self.post_mlp_layernorm = TorchNorm(config, config.hidden_size, config.layernorm_epsilon)
+        self.post_self_attn_layernorm = UnfusedNorm(config, config.hidden_size, config.layernorm_epsilon)
+        self.post_mlp_layernorm = UnfusedNorm(config, config.hidden_size, config.layernorm_epsilon)
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor, **kwargs: Any) -> Any:
         """``[sequence, batch, hidden]`` to the same, and ``None`` where other layers return a context."""
@@ -141,10 +125,15 @@ def _float8(module: type[TransformerLayer], float8: Float8 | None) -> dict[str, 
     return {"float8": float8} if issubclass(module, FusedTransformerLayer) else {}
 
 
-def self_attention_submodules(submodules: Any, core_attention: Any = SDPACoreAttention) -> Any:
+def norm_for(config: TransformerConfig, *, fused: bool) -> Any:
+    """What builds the norms of layers: fused blocks read weights of torch's; see :class:`UnfusedNorm` for others."""
+    return TorchNorm if fused and reason_not_used(config) is None else UnfusedNorm
+
+
+def self_attention_submodules(submodules: Any, norm: Any, core_attention: Any = SDPACoreAttention) -> Any:
     """Put the package's norms and attention into the submodules of one of megatron-core's layers."""
-    submodules.input_layernorm = TorchNorm
-    submodules.pre_mlp_layernorm = TorchNorm
+    submodules.input_layernorm = norm
+    submodules.pre_mlp_layernorm = norm
     submodules.self_attention.submodules.core_attention = core_attention
     return submodules
 
@@ -174,13 +163,14 @@ def gpt_block_spec(
     ``float8`` those with FP8 matrix products."""
     submodules = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=False).submodules
     core_attention = partial(SDPACoreAttention, alibi=True) if alibi else SDPACoreAttention
-    submodules = self_attention_submodules(submodules, core_attention)
+    norm = norm_for(config, fused=fused)
+    submodules = self_attention_submodules(submodules, norm, core_attention)
     if config.num_moe_experts is not None and config.add_bias_linear:
         submodules.mlp.keywords["submodules"].experts.keywords["submodules"].linear_fc2 = ExpertRowParallelLinear
     module = SeededFusedLayer if fused else SeededTransformerLayer
     layer = ModuleSpec(module=module, submodules=submodules, params={"seed": seed, **_float8(module, float8)})
     count = get_num_layers_to_build(config, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=TorchNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)
 
 
 def bert_block_spec(
@@ -193,14 +183,15 @@ def bert_block_spec(
     float8: Float8 | None = None,
 ) -> TransformerBlockSubmodules:
     """The encoder layers of one chunk of a BERT. ``fused`` is for those with norms before each block."""
-    submodules = self_attention_submodules(get_gpt_layer_local_spec().submodules)
+    norm = norm_for(config, fused=fused and not post_layernorm)
+    submodules = self_attention_submodules(get_gpt_layer_local_spec().submodules, norm)
     submodules.self_attention.params["attn_mask_type"] = AttnMaskType.padding
     module = PostNormLayer if post_layernorm else SeededFusedLayer if fused else SeededTransformerLayer
     if post_layernorm:
         submodules.input_layernorm = submodules.pre_mlp_layernorm = IdentityOp
     layer = ModuleSpec(module=module, submodules=submodules, params={"seed": seed, **_float8(module, float8)})
     count = get_num_layers_to_build(config, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=None if post_layernorm else TorchNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=None if post_layernorm else norm)
 
 
 class DropoutRowParallelLinear(tensor_parallel.RowParallelLinear):
@@ -218,14 +209,14 @@ class DropoutRowParallelLinear(tensor_parallel.RowParallelLinear):
         return super().forward(input_)
 
 
-def t5_layer_submodules(*, decoder: bool) -> TransformerLayerSubmodules:
-    """What a layer of T5's encoder, or of its decoder, is made of."""
-    submodules = self_attention_submodules(get_gpt_layer_local_spec().submodules)
+def t5_layer_submodules(norm: Any, *, decoder: bool) -> TransformerLayerSubmodules:
+    """What a layer of T5's encoder, or of its decoder, is made of, with ``norm`` of :func:`norm_for`."""
+    submodules = self_attention_submodules(get_gpt_layer_local_spec().submodules, norm)
     submodules.self_attention.params["attn_mask_type"] = AttnMaskType.causal if decoder else AttnMaskType.padding
     linears = MLPSubmodules(linear_fc1=tensor_parallel.ColumnParallelLinear, linear_fc2=DropoutRowParallelLinear)
     submodules.mlp = partial(MLP.as_mlp_submodule, submodules=linears)
     if decoder:
-        submodules.pre_cross_attn_layernorm = TorchNorm
+        submodules.pre_cross_attn_layernorm = norm
         submodules.cross_attention = ModuleSpec(
             module=CrossAttention,
             params={"attn_mask_type": AttnMaskType.padding},

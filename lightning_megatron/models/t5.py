@@ -33,8 +33,8 @@ from lightning_megatron.models.shared_bias import SharedBias
 from lightning_megatron.models.specs import (
     FusedT5Layer,
     SeededTransformerLayer,
-    TorchNorm,
     layer_seed,
+    norm_for,
     t5_layer_submodules,
 )
 from lightning_megatron.models.transformer_config import BuildContext, Stage, transformer_config
@@ -74,7 +74,8 @@ class T5Stack(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.total, self.first, self.tp_group = total, layers.start, context.groups.tp
-        submodules = t5_layer_submodules(decoder=decoder)
+        norm = norm_for(config, fused=fused)
+        submodules = t5_layer_submodules(norm, decoder=decoder)
         build = FusedT5Layer if fused else SeededTransformerLayer
         self.layers = torch.nn.ModuleList(
             build(
@@ -89,7 +90,7 @@ class T5Stack(torch.nn.Module):
         )
         self.final_layernorm: torch.nn.Module | None = None
         if len(layers) and layers.stop == total:
-            self.final_layernorm = TorchNorm(config, config.hidden_size, config.layernorm_epsilon)
+            self.final_layernorm = norm(config, config.hidden_size, config.layernorm_epsilon)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_megatron.backends.core import ProcessGroupCollection, TransformerConfig, parallel_state
+from lightning_megatron.backends.extensions import APEX_WEIGHT_GRADIENTS, unavailable
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.models.config import TransformerModelConfig
 from lightning_megatron.precision import DtypePolicy
@@ -131,8 +132,10 @@ def transformer_config(
         # Initialising on the CPU draws one master weight and cuts it, so weights do not depend on the TP size.
         use_cpu_initialization=on_cpu,
         perform_initialization=context.perform_initialization,
-        # Kernels that need TransformerEngine or Apex.
-        gradient_accumulation_fusion=False,
+        # Linears of unfused layers then add weight gradients to `main_grad`, as fused blocks do by themselves. Whatever
+        # trains must have one, and the strategy trains nothing outside of megatron-core's DDP, which gives it.
+        gradient_accumulation_fusion=unavailable(APEX_WEIGHT_GRADIENTS, context.device.type) is None,
+        # Fusions of megatron-core's own attention and MLP, which need TransformerEngine or Apex.
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         bias_activation_fusion=False,

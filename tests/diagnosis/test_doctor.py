@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from lightning_megatron.backends import inventory, report
+from lightning_megatron.backends.inventory import Kernel
 from lightning_megatron.cli.doctor import _selftest_findings
 from lightning_megatron.cli.main import main
 from lightning_megatron.diagnosis import Status, environment
 from lightning_megatron.diagnosis.environment import requirement
-from lightning_megatron.diagnosis.kernels import report
 from lightning_megatron.diagnosis.selftest import SelfTest, Trial, layouts, run_selftest
 
 
@@ -81,12 +82,10 @@ def test_a_host_without_an_address_is_a_problem(monkeypatch: Any) -> None:
     assert "/etc/hosts" in found.remedy
 
 
-def test_another_apex_is_noticed(monkeypatch: Any) -> None:
-    specs = {"apex": object(), "apex.optimizers": None}
-    find = environment.importlib.util.find_spec
-    monkeypatch.setattr(
-        environment.importlib.util, "find_spec", lambda name: specs.get(name, find(name) if name not in specs else None)
-    )
+def test_another_apex_is_noticed(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("import no_such_package_of_mine")  # it must not be imported for that
+    monkeypatch.syspath_prepend(tmp_path)
     assert [finding.remedy for finding in environment._extensions()] == ["pip uninstall apex"]
 
 
@@ -94,6 +93,13 @@ def test_every_kernel_says_why() -> None:
     kernels = {kernel.part: kernel for kernel in report()}
     assert {"attention", "AdamW", "layers and loss", "gradient norm and clipping", "megatron-core"} <= set(kernels)
     assert all(kernel.choice and kernel.why for kernel in kernels.values())
+
+
+def test_the_reason_of_a_broken_build_is_no_markup(monkeypatch: Any, capsys: Any) -> None:
+    kernel = Kernel("Apex", "not used", "broken: OSError: [/usr/lib/libcudart.so]")
+    monkeypatch.setattr(inventory, "report", lambda: [kernel])
+    assert main(["doctor", "--no-self-test"]) == 0
+    assert kernel.why in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------- self-test

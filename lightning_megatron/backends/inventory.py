@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
+
+from lightning_megatron.backends.extensions import APEX_NORM, EXTENSIONS, TRANSFORMER_ENGINE_NORMS, unavailable
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +28,8 @@ def report() -> list[Kernel]:
         *_optimizer(cuda),
         _index_builders(),
         _core(cuda),
-        _extension("TransformerEngine", "transformer_engine"),
-        _extension("Apex", "apex"),
+        _extension("TransformerEngine", cuda),
+        _extension("Apex", cuda),
     ]
 
 
@@ -70,18 +71,27 @@ def _optimizer(cuda: bool) -> list[Kernel]:
     from lightning_megatron.backends import core, gpu_adam_kernel, kernels
 
     assert core is not None  # importing it installs the kernels
+    if not kernels.installed():
+        why = "backends.kernels was uninstalled"
+        return [
+            Kernel("AdamW", f"{_core_optimizer('Adam').partition('.')[0]}'s", why),
+            Kernel("gradient norm and clipping", "megatron-core's", why),
+        ]
     one = cuda and gpu_adam_kernel.AVAILABLE
     adam = Kernel(
         "AdamW",
         "one Triton kernel with clipping and casts" if one else "torch.optim.AdamW",
         "CUDA and Triton" if one else ("there is no GPU" if not cuda else "Triton cannot be imported"),
     )
-    norm = Kernel(
-        "gradient norm and clipping",
-        "multi-tensor, without host synchronisation" if kernels.installed() else "megatron-core's loops",
-        "backends.kernels is installed" if kernels.installed() else "backends.kernels was uninstalled",
-    )
-    return [adam, norm]
+    norm = "multi-tensor, without host synchronisation"
+    return [adam, Kernel("gradient norm and clipping", norm, "backends.kernels is installed")]
+
+
+def _core_optimizer(name: str) -> str:
+    """The module that megatron-core has its ``Adam`` or ``SGD`` from: TransformerEngine's, Apex's or torch's."""
+    from megatron.core import optimizer
+
+    return str(getattr(optimizer, name).__module__)
 
 
 def _index_builders() -> Kernel:
@@ -103,6 +113,25 @@ def _core(cuda: bool) -> Kernel:
     return Kernel("megatron-core", "as it is, over NCCL", "CUDA" if cuda else "the stand-ins were uninstalled")
 
 
-def _extension(name: str, module: str) -> Kernel:
-    found = importlib.util.find_spec(module) is not None
-    return Kernel(name, "not used", "installed, but the package's own kernels run" if found else "not needed")
+def _extension(package: str, cuda: bool) -> Kernel:
+    """Which parts of TransformerEngine or Apex run, and why the others do not."""
+    device_type = "cuda" if cuda else "cpu"
+    parts = [extension for extension in EXTENSIONS if extension.package == package]
+    reasons = {extension.part: unavailable(extension, device_type) for extension in parts}
+    if (
+        APEX_NORM in parts
+        and reasons[APEX_NORM.part] is None
+        and unavailable(TRANSFORMER_ENGINE_NORMS, device_type) is None
+    ):
+        reasons[APEX_NORM.part] = "TransformerEngine's runs instead"
+    runs = [part for part, reason in reasons.items() if reason is None]
+    choice = f"{' and '.join(runs)} of layers that run unfused" if runs else "not used"
+    # megatron-core's own choice, which nothing here replaces.
+    if _core_optimizer("SGD").startswith(parts[0].module.partition(".")[0]):
+        choice = f"{choice}; optimizer='sgd'" if runs else "optimizer='sgd'"
+    told = {part: reason for part, reason in reasons.items() if reason is not None}
+    if not told:
+        return Kernel(package, choice, "installed; fused layers run the package's own kernels, which are faster")
+    if len(told) == len(parts) and len(set(told.values())) == 1:
+        return Kernel(package, choice, next(iter(told.values())))
+    return Kernel(package, choice, "; ".join(f"{part}: {reason}" for part, reason in told.items()))
