@@ -10,6 +10,7 @@ import torch
 from benchmarks.gpu import BATCHES, compare
 from benchmarks.megatron_peers import megatron, unavailable
 from benchmarks.workloads import WORKLOADS
+from lightning_megatron.backends import kernels
 from tests.ranks import RankPool
 
 
@@ -30,9 +31,12 @@ def test_batches_are_of_models_that_exist() -> None:
 
 def bare_megatron(name: str) -> list[float]:
     workload = WORKLOADS[name]()
-    step = megatron(workload, "megatron-core", torch.device("cpu"))
-    batch = workload.batch(4, torch.Generator().manual_seed(0))
-    return [float(step(batch)) for _ in range(5)]
+    try:
+        step = megatron(workload, "megatron-core", torch.device("cpu"))
+        batch = workload.batch(4, torch.Generator().manual_seed(0))
+        return [float(step(batch)) for _ in range(5)]
+    finally:
+        kernels.install()  # for the tests after this one
 
 
 @pytest.mark.parametrize("name", ["tiny-gpt2", "tiny-llama"])
