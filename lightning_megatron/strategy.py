@@ -285,6 +285,7 @@ class MegatronStrategy(DDPStrategy):
             self.precision_plugin.policy.float8.check_device(self.root_device)
         layout, state = self.layout, core.parallel_state
         timeout = self._timeout or timedelta(minutes=10)
+        assert isinstance(self.lightning_module, MegatronModule)
         state.destroy_model_parallel()  # also what an initialisation that broke off has left
         with connected_when_used():
             state.initialize_model_parallel(
@@ -296,17 +297,16 @@ class MegatronStrategy(DDPStrategy):
                 create_gloo_process_groups=False,
                 distributed_timeout_minutes=max(1, round(timeout.total_seconds() / 60)),
             )
+            self._replica = ReplicaGroups(
+                layout,
+                self.world_size,
+                self.global_rank,
+                data_on_every_stage=self.lightning_module.data_on_every_stage,
+            )
         seed = self._seed if self._seed is not None else int(os.environ.get("PL_GLOBAL_SEED", DEFAULT_SEED))
         rng.seed(seed, state.get_pipeline_model_parallel_rank())
         groups = core.ProcessGroupCollection.use_mpu_process_groups()
         self._context = BuildContext(layout, groups, self.precision_plugin.policy, self.root_device, seed)
-        assert isinstance(self.lightning_module, MegatronModule)
-        self._replica = ReplicaGroups(
-            layout,
-            self.world_size,
-            self.global_rank,
-            data_on_every_stage=self.lightning_module.data_on_every_stage,
-        )
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:

@@ -20,6 +20,9 @@ def connected_when_used() -> Iterator[None]:
     Lightning binds the default group to its device, after which torch connects each new group at once. megatron-core
     makes twenty for any layout, most of them unused, and each communicator takes 0.4 GiB of an H100 that torch does not
     account for (8.2 GiB before the first step of a run, now 0.6) and a second at the end of the process.
+
+    Also for groups of the host: while the default group is bound, ranks outside of a new group take part in a split of
+    its NCCL communicator (torch 2.11), which those in a group of gloo never join.
     """
     default = dist.group.WORLD
     assert default is not None

@@ -24,15 +24,16 @@ class Bound(lm.MegatronStrategy):
 
     def setup_environment(self) -> None:
         super().setup_environment()
-        group = core.parallel_state.get_tensor_model_parallel_group()
-        self.found = [dist.group.WORLD.bound_device_id, group.bound_device_id]  # type: ignore[union-attr]
+        assert self._replica is not None
+        groups = (dist.group.WORLD, core.parallel_state.get_tensor_model_parallel_group(), self._replica.all)
+        self.found = [group.bound_device_id for group in groups]  # type: ignore[union-attr]
         dist.group.WORLD.bound_device_id = None  # type: ignore[union-attr]  # or a barrier would ask for CUDA
 
 
 def set_up() -> list[torch.device | None]:
-    """What the default group and one of megatron-core's are bound to when all are made."""
-    module, strategy = lm.GPTModule(tiny_config()), Bound()
-    quiet_trainer(strategy, 1, max_steps=1).fit(module, SharedLoader(module))
+    """What the default group, one of megatron-core's and one of the host's are bound to when all are made."""
+    module, strategy = lm.GPTModule(tiny_config()), Bound(tensor_model_parallel_size=2)
+    quiet_trainer(strategy, 2, max_steps=1).fit(module, SharedLoader(module))
     return strategy.found
 
 
@@ -53,4 +54,4 @@ def one_group() -> None:
 
 def test_groups_are_not_connected_before_they_are_used(ranks: RankPool) -> None:
     ranks.run(one_group, 1)
-    assert ranks.run(set_up, 1) == [[BOUND, None]]
+    assert ranks.run(set_up, 2) == [[BOUND, None, None]] * 2
