@@ -110,6 +110,7 @@ def test_a_broken_build_is_told_once_and_not_used(monkeypatch: Any, tmp_path: Pa
         del sys.modules[name]
 
 
+@pytest.mark.slow
 def test_a_broken_build_does_not_break_megatron_core(tmp_path: Path) -> None:
     """megatron-core catches an ImportError alone."""
     package = tmp_path / "transformer_engine"
@@ -165,6 +166,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         ("post_layernorm", 4 * 4 + 1, 4 * 2),
     ],
 )
+@pytest.mark.slow
 def test_a_fit_with_apex_is_the_fit_without(compared: dict[str, Any], model: str, linears: int, norms: int) -> None:
     found = compared[model]
     micro_batches = 3 * 2
@@ -175,6 +177,7 @@ def test_a_fit_with_apex_is_the_fit_without(compared: dict[str, Any], model: str
     assert found["difference"] < 1e-6
 
 
+@pytest.mark.slow
 def test_nothing_of_apex_runs_on_a_cpu(compared: dict[str, Any]) -> None:
     """That nothing was called there is checked in the fits without."""
     assert ["Apex", "not used", "there is no GPU"] in compared["report"]
