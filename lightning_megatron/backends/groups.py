@@ -1,4 +1,4 @@
-"""Process groups of this process, all at once."""
+"""The process groups of this process: when they connect, and how all of them end at once."""
 
 from __future__ import annotations
 

@@ -99,7 +99,9 @@ def _stepped(part: Any) -> Iterator[tuple[int, Tensor, Tensor, bool, int]]:
         trained = [[p for p in group["params"] if p.requires_grad] for group in part.optimizer.param_groups]
         lists = ((trained, trained, False),)
     else:
-        raise NotImplementedError(f"Checkpoints do not know the state of {type(part).__name__}.")
+        raise NotImplementedError(
+            f"Checkpoints do not know the state of {type(part).__name__}. Use an optimizer that OptimizerConfig names."
+        )
     for models, stepped, is_master in lists:
         for index, (parameters, tensors) in enumerate(zip(models, stepped, strict=True)):
             for parameter, tensor in zip(parameters, tensors, strict=True):

@@ -122,7 +122,8 @@ def _piece(tensor: Any, start: int | None = None) -> Piece:
     if start is None:
         if not tensor.data.is_contiguous():
             raise NotImplementedError(
-                f"{tensor.key} is split along an inner dimension, which checkpoints do not cover."
+                f"{tensor.key} is split along an inner dimension, which checkpoints do not cover. Let "
+                "sharded_state_dict split it along its first one."
             )
         start = int(tensor.data.storage_offset())
     replica_id = tensor.replica_id if isinstance(tensor.replica_id, tuple) else (tensor.replica_id,)

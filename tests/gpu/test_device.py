@@ -8,11 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import lightning.pytorch as pl
 import pytest
 
 import lightning_megatron as lm
 from tests.gpu.test_fused import BATCH, KINDS, ROOT, Record, config
+from tests.helpers import quiet_trainer
 
 STEPS = 6
 FIRST = 2
@@ -24,18 +24,13 @@ def train(name: str, accelerator: str, start: str | None, save: str | None) -> l
     record = Record()
     model = config(name, num_layers=2, hidden_size=64)
     build, batches = KINDS[type(model)]
-    trainer = pl.Trainer(
+    trainer = quiet_trainer(
+        lm.MegatronStrategy(micro_batch_size=BATCH // 2, seed=7),
+        1,
         accelerator=accelerator,
-        devices=1,
-        strategy=lm.MegatronStrategy(micro_batch_size=BATCH // 2, seed=7),
         precision="32-true",
         max_steps=FIRST if save else STEPS,
         callbacks=[record],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
         limit_val_batches=0,
     )
     module = build(model, lm.OptimizerConfig(lr=3e-4, lr_decay_style="constant"))

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
 
@@ -16,6 +15,7 @@ import lightning_megatron as lm
 from lightning_megatron.data import PretrainingData
 from lightning_megatron.models.fused import graph
 from tests.gpu.test_fused import BATCH, ROOT, Batches, Record, config
+from tests.helpers import quiet_trainer
 
 STEPS = 200
 SEQUENCE, VOCABULARY = 128, 4096
@@ -44,18 +44,13 @@ def fit(
 ) -> tuple[torch.Tensor, int]:
     """Losses of each step, and how many layers ran as CUDA graphs."""
     record = Record()
-    trainer = pl.Trainer(
+    trainer = quiet_trainer(
+        lm.MegatronStrategy(micro_batch_size=micro_batch, seed=7),
+        1,
         accelerator="auto",
-        devices=1,
-        strategy=lm.MegatronStrategy(micro_batch_size=micro_batch, seed=7),
         plugins=[lm.MegatronPrecision("bf16-mixed", fp8=fp8)],
         max_steps=steps,
         callbacks=[record],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
         limit_val_batches=0,
     )
     trainer.fit(module, data)

@@ -14,6 +14,7 @@ import torch
 
 import lightning_megatron as lm
 from lightning_megatron.models.fused import graph
+from tests.helpers import quiet_trainer
 
 ROOT = Path(__file__).parents[2]
 SEQUENCE, VOCAB, BATCH = 128, 500, 8
@@ -93,18 +94,13 @@ def train(config: Any, precision: str, fused: bool, steps: int, micro_batch: int
     module = build(config, lm.OptimizerConfig(lr=LEARNING_RATE, lr_decay_style="constant"))
     module.fused = fused
     record = Record()
-    trainer = pl.Trainer(
+    trainer = quiet_trainer(
+        lm.MegatronStrategy(micro_batch_size=micro_batch, seed=7),
+        1,
         accelerator="gpu",
-        devices=1,
-        strategy=lm.MegatronStrategy(micro_batch_size=micro_batch, seed=7),
         precision=precision,
         max_steps=steps,
         callbacks=[record],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
     )
     trainer.fit(module, batches(steps))
     return record
