@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lightning_megatron.auto import Choice, Devices, Work, choose
 from lightning_megatron.backends import core, rng
-from lightning_megatron.backends.groups import connected_when_used
+from lightning_megatron.backends.groups import connected_when_used, leave_at_exit, stay_at_exit
 from lightning_megatron.checkpoint.io import load, load_weights, snapshot
 from lightning_megatron.checkpoint.metadata import HasTokenizer
 from lightning_megatron.checkpoint.publish import local_path
@@ -215,7 +215,10 @@ class MegatronStrategy(DDPStrategy):
         if self._forks:
             # OpenMP's threads stay in the notebook's process, and a fork that used more than one would wait for them.
             torch.set_num_threads(1)
+        ours = not dist.is_initialized()
         super().setup_environment()
+        if ours and dist.get_backend() == "gloo":  # NCCL's are Lightning's to end
+            leave_at_exit()
         core.use_device(self.root_device)
         if self._undecided:
             self._decide()
@@ -636,6 +639,11 @@ class MegatronStrategy(DDPStrategy):
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Nothing: :meth:`load_checkpoint` has filled the optimizer in place."""
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        stay_at_exit()
 
     @override
     def teardown(self) -> None:

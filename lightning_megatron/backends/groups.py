@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import socket
 from collections.abc import Iterator
@@ -9,6 +11,8 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+
+from lightning_megatron.backends.core import parallel_state
 
 _INTERNET = (socket.AF_INET, socket.AF_INET6)
 
@@ -31,6 +35,30 @@ def connected_when_used() -> Iterator[None]:
         yield
     finally:
         default.bound_device_id = bound
+
+
+def leave_at_exit() -> None:
+    """End the groups of gloo once the process is done, while there still is an interpreter.
+
+    A thread of gloo lets go of a tensor after the collective has returned, for which it needs the interpreter's lock. On
+    a busy machine that can be when the interpreter ends, and C++ calls it a crash: "terminate called without an active
+    exception", exit code -6, after everything went well. Groups that nothing refers to wait for their threads first.
+    Those that a variable of a script keeps do not (https://github.com/pytorch/pytorch/pull/179291, torch 2.11).
+    """
+    stay_at_exit()
+    atexit.register(_leave)
+
+
+def stay_at_exit() -> None:
+    """After a failure: other ranks may never join what a thread waits in, and learn of it as this process ends."""
+    atexit.unregister(_leave)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+        gc.collect()  # a Trainer and its modules refer to each other, and to the groups
 
 
 def abort_all() -> None:

@@ -52,6 +52,7 @@ class GlobalBatchDataModule(L.LightningDataModule):
         ramp = rampup_batch_size
         self.ramp = ramp if ramp is None or isinstance(ramp, BatchRamp) else BatchRamp(*ramp)
         self.datasets: dict[SplitName, Dataset[Any] | None] = {}
+        self._loaders: dict[SplitName, GlobalBatchLoader] = {}
         self.first_shuffled_epoch = 0
         self.collate: Collate | None = None
 
@@ -108,7 +109,15 @@ class GlobalBatchDataModule(L.LightningDataModule):
             ramp=self.ramp if training else None,
             order_id=getattr(dataset, "order_id", None),
         )
-        return GlobalBatchLoader(dataset, sampler, num_workers=self.num_workers, collate=self.collate)
+        loader = GlobalBatchLoader(dataset, sampler, num_workers=self.num_workers, collate=self.collate)
+        self._loaders[split] = loader
+        return loader
+
+    @override
+    def teardown(self, stage: str) -> None:
+        """End the worker processes of this data module's loaders."""
+        for loader in self._loaders.values():
+            loader.close()
 
     def _data_parallel_coordinates(self) -> tuple[int, int]:
         """This rank's number among the data-parallel ranks, and their number, as the strategy knows them."""

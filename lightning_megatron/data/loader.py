@@ -44,15 +44,9 @@ class GlobalBatchLoader:
         self.batch_sampler = sampler
         self._handed_out = 0
         self._finished_epoch: int | None = None
-        self._loader: DataLoader[Any] = DataLoader(
-            _Padded(dataset, numbered=collate is None),
-            batch_sampler=sampler,
-            num_workers=num_workers,
-            collate_fn=collate or default_collate,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=num_workers > 0,
-            prefetch_factor=4 if num_workers > 0 else None,
-        )
+        self._num_workers = num_workers
+        self._collate = collate
+        self._loader: DataLoader[Any] | None = None
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
@@ -64,10 +58,31 @@ class GlobalBatchLoader:
         if sampler.start >= sampler.num_samples or self._finished_epoch == sampler.epoch:
             sampler.set_epoch(sampler.epoch + 1)
         self._handed_out = 0
+        if self._loader is None:
+            self._loader = self._with_workers()
         for batch in self._loader:
             self._handed_out += 1
             yield batch
         self._finished_epoch = sampler.epoch
+
+    def _with_workers(self) -> DataLoader[Any]:
+        return DataLoader(
+            _Padded(self.dataset, numbered=self._collate is None),
+            batch_sampler=self.batch_sampler,
+            num_workers=self._num_workers,
+            collate_fn=self._collate or default_collate,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self._num_workers > 0,
+            prefetch_factor=4 if self._num_workers > 0 else None,
+        )
+
+    def close(self) -> None:
+        """End the worker processes, which live from epoch to epoch; the next iteration starts others.
+
+        A garbage collector that ends them, because a Trainer and its loaders refer to each other, waits 5 s for each:
+        it closes the queue by which they are told to stop first (torch 2.11).
+        """
+        self._loader = None
 
     def state_dict(self) -> dict[str, Any]:
         """State after the batches that the iterator has handed out so far."""

@@ -1,6 +1,10 @@
-"""When NCCL's communicators are made, by what Lightning tells torch."""
+"""When NCCL's communicators are made, by what Lightning tells torch, and how gloo's groups end."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +54,39 @@ def one_group() -> None:
         raise KeyError
     assert default.bound_device_id == BOUND
     default.bound_device_id = None
+
+
+ENDS_WHILE_A_THREAD_HOLDS_A_TENSOR = """
+import time
+
+import torch
+
+import lightning_megatron as lm
+from lightning_megatron.backends import core
+from tests.helpers import SharedLoader, quiet_trainer, tiny_config
+
+
+class Slow(torch.Tensor):
+    def __del__(self):
+        time.sleep(0.5)
+
+
+def main():
+    module = lm.GPTModule(tiny_config())
+    quiet_trainer(lm.MegatronStrategy(), 1, max_steps=1).fit(module, SharedLoader(module))
+    group = core.parallel_state.get_tensor_model_parallel_group()
+    group.allreduce([torch.ones(1).as_subclass(Slow)])
+
+
+main()
+"""
+
+
+def test_a_process_ends_after_its_threads_of_gloo() -> None:
+    """One that lets go of a tensor half a second late; the exit code was -6, ``terminate called``."""
+    command = [sys.executable, "-c", ENDS_WHILE_A_THREAD_HOLDS_A_TENSOR]
+    ended = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr[-2000:]
 
 
 def test_groups_are_not_connected_before_they_are_used(ranks: RankPool) -> None:

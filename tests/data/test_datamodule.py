@@ -1,5 +1,6 @@
 import json
 import math
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +117,11 @@ def test_resume_repeats_the_exact_order(dataset_prefix: Path, tmp_path: Path, st
     second = Recorder()
     resumed = trainer(tmp_path, max_epochs=2, limit_val_batches=0)
     # Another number of workers must not matter.
+    before = set(active_children())
     resumed.fit(second, data(dataset_prefix, num_workers=2), ckpt_path=keep.best_model_path or keep.last_model_path)
     assert first.batches + second.batches == whole.batches
     assert resumed.global_step == len(whole.batches)
+    assert set(active_children()) <= before  # no worker waits for the garbage collector
 
 
 def test_resume_at_the_end_of_an_epoch(dataset_prefix: Path, tmp_path: Path) -> None:
@@ -145,6 +148,17 @@ class TestLoaderState:
             next(iterator)
         assert loader.state_dict()["consumed_samples"] == 24
         assert loader.state_after(2)["consumed_samples"] == 16
+
+    def test_a_closed_loader_goes_on_with_other_workers(self, dataset_prefix: Path) -> None:
+        module = data(dataset_prefix, num_workers=1)
+        module.setup("fit")
+        loader = module.train_dataloader()
+        first = [batch["index"].tolist() for batch in loader]
+        module.teardown("fit")
+        second = [batch["index"].tolist() for batch in loader]
+        assert sorted(sum(first, [])) == sorted(sum(second, []))
+        assert first != second  # the next epoch
+        module.teardown("fit")
 
     def test_state_after_counts_from_the_beginning_of_the_epoch(self, dataset_prefix: Path) -> None:
         module = data(dataset_prefix)

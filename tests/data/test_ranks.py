@@ -75,6 +75,7 @@ def _fit(
         data = PretrainingData(prefix, split="80,20,0", **(sizes | options))
         with contextlib.suppress(_CutError):
             trainer.fit(module, datamodule=data, ckpt_path=resume)
+            assert not multiprocessing.active_children()  # the loader's workers have ended
     finally:
         GPTDataset.__getitem__ = read  # type: ignore[method-assign]
     place = plan.layout.coordinates(trainer.global_rank, trainer.world_size)
