@@ -6,6 +6,8 @@ import atexit
 import gc
 import os
 import socket
+import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +17,8 @@ from torch.distributed import distributed_c10d
 from lightning_megatron.backends.core import parallel_state
 
 _INTERNET = (socket.AF_INET, socket.AF_INET6)
+_LETTING_GO = 0.1
+"""Seconds in which a thread gets the interpreter's lock on a busy machine too."""
 
 
 @contextmanager
@@ -40,10 +44,10 @@ def connected_when_used() -> Iterator[None]:
 def leave_at_exit() -> None:
     """End the groups of gloo once the process is done, while there still is an interpreter.
 
-    A thread of gloo lets go of a tensor after the collective has returned, for which it needs the interpreter's lock. On
-    a busy machine that can be when the interpreter ends, and C++ calls it a crash: "terminate called without an active
-    exception", exit code -6, after everything went well. Groups that nothing refers to wait for their threads first.
-    Those that a variable of a script keeps do not (https://github.com/pytorch/pytorch/pull/179291, torch 2.11).
+    A thread of gloo lets go of a tensor after the collective has returned, for which it needs the interpreter's lock.
+    On a busy machine that can be when the interpreter ends, and C++ calls it a crash: "terminate called without an
+    active exception", exit code -6, after everything went well (https://github.com/pytorch/pytorch/pull/179291, torch
+    2.11). A group that nothing refers to waits for its threads before it goes.
     """
     stay_at_exit()
     atexit.register(_leave)
@@ -55,10 +59,14 @@ def stay_at_exit() -> None:
 
 
 def _leave() -> None:
-    if dist.is_initialized():
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
-        gc.collect()  # a Trainer and its modules refer to each other, and to the groups
+    if not dist.is_initialized():
+        return
+    groups = [weakref.ref(group) for group in distributed_c10d._world.pg_map]
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+    gc.collect()  # a Trainer and its modules refer to each other, and to the groups
+    if any(group() is not None for group in groups):  # a script's own variable keeps its Trainer
+        time.sleep(_LETTING_GO)
 
 
 def abort_all() -> None:

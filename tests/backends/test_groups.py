@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
 
 import lightning_megatron as lm
-from lightning_megatron.backends import core
+from lightning_megatron.backends import core, groups
 from lightning_megatron.backends.groups import connected_when_used
 from tests.helpers import SharedLoader, quiet_trainer, tiny_config
 from tests.ranks import RankPool
@@ -62,31 +66,62 @@ import time
 import torch
 
 import lightning_megatron as lm
-from lightning_megatron.backends import core
+from lightning_megatron.backends import core, groups
 from tests.helpers import SharedLoader, quiet_trainer, tiny_config
 
 
 class Slow(torch.Tensor):
     def __del__(self):
-        time.sleep(0.5)
+        time.sleep({seconds})
 
 
 def main():
     module = lm.GPTModule(tiny_config())
-    quiet_trainer(lm.MegatronStrategy(), 1, max_steps=1).fit(module, SharedLoader(module))
+    trainer = quiet_trainer(lm.MegatronStrategy(), 1, max_steps=1)
+    trainer.fit(module, SharedLoader(module))
     group = core.parallel_state.get_tensor_model_parallel_group()
     group.allreduce([torch.ones(1).as_subclass(Slow)])
+    return trainer
 
 
-main()
+{end}
 """
 
 
-def test_a_process_ends_after_its_threads_of_gloo() -> None:
-    """One that lets go of a tensor half a second late; the exit code was -6, ``terminate called``."""
-    command = [sys.executable, "-c", ENDS_WHILE_A_THREAD_HOLDS_A_TENSOR]
-    ended = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
+@pytest.mark.parametrize(
+    ("seconds", "end"),
+    [(0.5, "main()"), pytest.param(1.5, "groups._LETTING_GO = 3.0; kept = main()", marks=pytest.mark.slow)],
+    ids=["local", "kept"],
+)
+def test_a_process_ends_after_its_threads_of_gloo(seconds: float, end: str) -> None:
+    """One of which lets go of a tensor late; the exit code was -6, ``terminate called``."""
+    code = ENDS_WHILE_A_THREAD_HOLDS_A_TENSOR.format(seconds=seconds, end=end)
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
     assert ended.returncode == 0, ended.stderr[-2000:]
+
+
+class Fails(pl.Callback):
+    def on_train_batch_start(self, *_: object) -> None:
+        raise KeyError("not ours")
+
+
+def at_exit(fails: bool) -> set[str]:
+    """Names of what this process would do at its end after a fit."""
+    planned: set[Any] = set()
+    with mock.patch.object(groups, "atexit", mock.Mock(register=planned.add, unregister=planned.discard)):
+        module = lm.GPTModule(tiny_config())
+        trainer = quiet_trainer(lm.MegatronStrategy(), 1, max_steps=1, callbacks=[Fails()] if fails else [])
+        with pytest.raises(KeyError) if fails else contextlib.nullcontext():
+            trainer.fit(module, SharedLoader(module))
+    return {function.__name__ for function in planned}
+
+
+def test_only_a_failure_leaves_the_groups_as_they_are(ranks: RankPool) -> None:
+    assert ranks.run(at_exit, 1, False) == [{"_leave"}]
+    assert ranks.run(at_exit, 1, True) == [set()]
 
 
 def test_groups_are_not_connected_before_they_are_used(ranks: RankPool) -> None:

@@ -153,11 +153,11 @@ class TestLoaderState:
         module = data(dataset_prefix, num_workers=1)
         module.setup("fit")
         loader = module.train_dataloader()
-        first = [batch["index"].tolist() for batch in loader]
+        first = torch.cat([batch["index"] for batch in loader])
         module.teardown("fit")
-        second = [batch["index"].tolist() for batch in loader]
-        assert sorted(sum(first, [])) == sorted(sum(second, []))
-        assert first != second  # the next epoch
+        second = torch.cat([batch["index"] for batch in loader])
+        assert torch.equal(first.sort().values, second.sort().values)
+        assert not torch.equal(first, second)  # the next epoch
         module.teardown("fit")
 
     def test_state_after_counts_from_the_beginning_of_the_epoch(self, dataset_prefix: Path) -> None:
