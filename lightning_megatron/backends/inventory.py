@@ -126,8 +126,8 @@ def _extension(package: str, cuda: bool) -> Kernel:
         reasons[APEX_NORM.part] = "TransformerEngine's runs instead"
     runs = [part for part, reason in reasons.items() if reason is None]
     choice = f"{' and '.join(runs)} of layers that run unfused" if runs else "not used"
-    # megatron-core's own choice, which nothing here replaces.
-    if _core_optimizer("SGD").startswith(parts[0].module.partition(".")[0]):
+    # megatron-core's own choice, which a GPU's parameters keep.
+    if cuda and _core_optimizer("SGD").startswith(parts[0].module.partition(".")[0]):
         choice = f"{choice}; optimizer='sgd'" if runs else "optimizer='sgd'"
     told = {part: reason for part, reason in reasons.items() if reason is not None}
     if not told:

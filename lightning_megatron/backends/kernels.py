@@ -12,6 +12,7 @@ those of megatron-core's own functions, on CPU and on CUDA.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeGuard
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from lightning_megatron.backends.fused_adam import FusedAdam, clip_gradients
 
@@ -174,6 +176,19 @@ def _default_device(group: dist.ProcessGroup | None) -> torch.device:
     return torch.device("cpu") if dist.get_backend(group) == "gloo" else torch.device("cuda")
 
 
+def _sgd(original: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
+    """TransformerEngine's or Apex's ``FusedSGD``, which megatron-core takes where installed, for a GPU's parameters."""
+    if original is torch.optim.SGD:
+        return original
+
+    @functools.wraps(original, updated=())
+    def build(groups: list[dict[str, Any]], **options: Any) -> Optimizer:
+        on_gpu = all(parameter.is_cuda for group in groups for parameter in group["params"])
+        return (original if on_gpu else torch.optim.SGD)(groups, **options)
+
+    return build
+
+
 # Every module that has imported a function by name holds a reference of its own.
 REPLACEMENTS = (
     *(
@@ -200,6 +215,7 @@ REPLACEMENTS = (
     # With this flag unset, `get_megatron_optimizer` builds `Adam(..., adam_w_mode=...)` instead of torch.optim.AdamW.
     Replacement("megatron.core.optimizer", "USING_PYTORCH_OPTIMIZER", lambda _: False),
     Replacement("megatron.core.optimizer", "Adam", lambda _: FusedAdam),
+    Replacement("megatron.core.optimizer", "SGD", _sgd),
 )
 
 _originals: dict[Replacement, Any] = {}

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_megatron.backends import core, extensions, inventory
+from lightning_megatron.backends import core, extensions, inventory, kernels
 from lightning_megatron.backends.extensions import (
     APEX_NORM,
     APEX_WEIGHT_GRADIENTS,
@@ -297,6 +297,36 @@ def test_the_report_says_whose_sgd_runs(monkeypatch: Any) -> None:
     monkeypatch.setattr(optimizer, "SGD", type("FusedSGD", (), {"__module__": "apex.optimizers.fused_sgd"}))
     assert lines(cuda=True)["Apex"][0] == "optimizer='sgd'"
     assert lines(cuda=True)["TransformerEngine"][0] == "not used"
+    assert lines(cuda=False)["Apex"][0] == "not used"
+
+
+class FusedSGD:
+    """Takes what Apex's does, which has no kernel for a CPU."""
+
+    def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
+        assert all(parameter.is_cuda for group in groups for parameter in group["params"])
+        self.groups, self.options = groups, options
+
+
+def test_sgd_of_a_cpu_is_that_of_torch(monkeypatch: Any) -> None:
+    optimizer = importlib.import_module("megatron.core.optimizer")
+    installed = kernels.installed()
+    kernels.uninstall()
+    monkeypatch.setattr(optimizer, "SGD", FusedSGD)
+    kernels.install()
+    try:
+        built = optimizer.SGD([{"params": [torch.nn.Parameter(torch.zeros(2))]}], lr=0.5, momentum=0.9)
+        assert type(built) is torch.optim.SGD
+        assert built.param_groups[0]["momentum"] == 0.9
+        groups = [{"params": [SimpleNamespace(is_cuda=True)]}]
+        fused = optimizer.SGD(groups, lr=0.5)
+        assert isinstance(fused, FusedSGD)
+        assert (fused.groups, fused.options) == (groups, {"lr": 0.5})
+    finally:
+        kernels.uninstall()
+        monkeypatch.undo()
+        if installed:
+            kernels.install()
 
 
 def test_importing_the_backends_is_light() -> None:
