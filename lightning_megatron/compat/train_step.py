@@ -12,6 +12,7 @@ Accelerate 0.31 ``__init__(self, accelerator, args, **kwargs)`` with ``get_loss_
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from types import SimpleNamespace
@@ -33,7 +34,7 @@ LossFunction = Callable[[Any], tuple[Tensor, dict[str, Any]]]
 Microbatches = Iterator[dict[str, Any]] | None
 
 
-class AbstractTrainStep:
+class AbstractTrainStep(ABC):
     """What a train step consists of: a batch, a forward, and a loss of its output."""
 
     name = "train_step"
@@ -46,17 +47,17 @@ class AbstractTrainStep:
         self.loss_func = _call(self.get_loss_func, accelerator)
         self.forward_step = self.get_forward_step_func()
 
+    @abstractmethod
     def get_batch_func(self, accelerator: Any = None, megatron_dataset_flag: bool = False) -> Callable[..., Any]:
         """A function of an iterator of micro-batches."""
-        raise NotImplementedError
 
+    @abstractmethod
     def get_loss_func(self, accelerator: Any = None) -> Callable[..., Any]:
         """A function whose last argument is the model's output; returns ``(loss, logged)``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def get_forward_step_func(self) -> Callable[..., Any]:
         """A function of the iterator and the model; returns the output and a function of it."""
-        raise NotImplementedError
 
 
 def _call(function: Callable[..., Any], *arguments: Any) -> Any:

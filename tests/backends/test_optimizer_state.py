@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,36 @@ import pytest
 import torch
 
 from lightning_megatron.backends import optimizer_state, rng
-from lightning_megatron.backends.core import dist_checkpointing
+from lightning_megatron.backends.core import ShardedTensor, ShardedTensorFactory, dist_checkpointing
 from lightning_megatron.backends.sharded_state import model_state
 from lightning_megatron.backends.shards import Box, boxes_of_range
 from tests.checkpoint.runs import Case, make_module, make_trainer, tensors, train
 from tests.helpers import SharedLoader
 from tests.ranks import RankPool
+
+
+def test_another_kind_of_optimizer_is_refused() -> None:
+    unknown: Any = SimpleNamespace(optimizer=SimpleNamespace(param_groups=[]))
+    with pytest.raises(NotImplementedError, match=r"state of SimpleNamespace\. Use an optimizer that OptimizerConfig"):
+        list(optimizer_state.parameter_states(unknown))
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_only_splits_along_the_first_dimension_are_covered(dim: int) -> None:
+    def halves(key: str, tensor: torch.Tensor, replica_id: Any, _: Any) -> Any:
+        parts = enumerate(tensor.chunk(2, dim))
+        return {str(i): ShardedTensor.from_rank_offsets(f"{key}.{i}", part, replica_id=replica_id) for i, part in parts}
+
+    def no_merge(_: Any) -> Any: ...
+
+    factory = ShardedTensorFactory("weight", torch.zeros(4, 6), halves, no_merge, replica_id=0)
+    chunk = SimpleNamespace(sharded_state_dict=lambda metadata: {"weight": factory})
+    if dim:
+        with pytest.raises(NotImplementedError, match=r"weight\.0 is split along an inner dimension"):
+            model_state([chunk], {})
+    else:
+        (weight,) = model_state([chunk], {}).weights
+        assert [(piece.key, piece.start) for piece in weight.pieces] == [("weight.0", 0), ("weight.1", 12)]
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (4, 5), (3, 4, 5), (2, 1, 3, 2)])

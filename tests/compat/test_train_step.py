@@ -13,6 +13,7 @@ import torch
 
 import lightning_megatron as lm
 from lightning_megatron.compat import (
+    AbstractTrainStep,
     BertTrainStep,
     GPTTrainStep,
     T5TrainStep,
@@ -93,6 +94,15 @@ def adapted(step: Any) -> TrainStepModule:
 
 def plain(make: Any, step: Any) -> TrainStepModule:
     return TrainStepModule(make(), step)
+
+
+def test_a_step_without_its_parts_names_them() -> None:
+    class Half(AbstractTrainStep):
+        def get_batch_func(self, accelerator: Any = None, megatron_dataset_flag: bool = False) -> Any:
+            return next
+
+    with pytest.raises(TypeError, match=r"abstract methods? .*get_forward_step_func.*get_loss_func"):
+        Half(None)  # type: ignore[abstract]
 
 
 def test_the_recipe_is_short() -> None:

@@ -185,5 +185,6 @@ def test_equals_hugging_face(ranks: RankPool, name: str) -> None:
         found = mapping.to_theirs(case.table, sharding.join(parts))
         assert set(found) == set(gradients)
         for key, gradient in gradients.items():
+            # Biases of keys have none (softmax does not see them): both sides have rounding of 1e-9 there.
             error = (found[key] - gradient).norm() / gradient.norm().clamp(min=1e-4)
             assert error < 1e-4, f"{key} at TP={tp} PP={pp}: {error:.1e}"

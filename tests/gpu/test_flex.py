@@ -11,7 +11,6 @@ from lightning_megatron.models.attention import Scores
 from lightning_megatron.models.context_parallel import positions, zigzag_order, zigzag_positions
 from lightning_megatron.models.position_bias import alibi_slopes
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 LENGTH, HEADS, GROUPS = 256, 4, 2
 
 
