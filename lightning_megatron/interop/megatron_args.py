@@ -188,6 +188,7 @@ def _config(values: dict[str, Any], specs: Mapping[str, CoreSpec], vocab_size: i
             relative_attention_num_buckets=values.get("relative_attention_num_buckets") or 32,
             relative_attention_max_distance=values.get("relative_attention_max_distance") or 128,
             scale_attention=True,
+            initializer_factor=None,
             scale_decoder_output=False,
             share_embeddings_and_output_weights=not values.get("untie_embeddings_and_output_weights"),
         )

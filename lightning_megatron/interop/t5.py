@@ -44,6 +44,7 @@ def config(theirs: Mapping[str, Any], *, tied: bool) -> T5Config:
         layernorm_epsilon=theirs["layer_norm_epsilon"],
         activation=_ACTIVATIONS[name],  # type: ignore[arg-type]
         gated_linear_unit=kind[0] == "gated",
+        initializer_factor=theirs.get("initializer_factor", 1.0),
         hidden_dropout=theirs["dropout_rate"],
         attention_dropout=theirs["dropout_rate"],
         relative_attention_num_buckets=theirs["relative_attention_num_buckets"],
@@ -85,6 +86,7 @@ def fields(config: T5Config) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "layer_norm_epsilon": config.layernorm_epsilon,
         "feed_forward_proj": gate + act,
+        "initializer_factor": 1.0 if config.initializer_factor is None else config.initializer_factor,
         "dropout_rate": config.hidden_dropout,
         "relative_attention_num_buckets": config.relative_attention_num_buckets,
         "relative_attention_max_distance": config.relative_attention_max_distance,

@@ -14,6 +14,7 @@ POSITION_EMBEDDINGS = ("learned_absolute", "rope", "alibi", "none")
 Normalization = Literal["LayerNorm", "RMSNorm"]
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
+_STD = 0.02
 
 
 def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -55,7 +56,8 @@ class TransformerModelConfig:
     """Biases on the query, key and value projections; ``None`` follows ``add_bias_linear``."""
     hidden_dropout: float = 0.1
     attention_dropout: float = 0.1
-    init_method_std: float = 0.02
+    init_method_std: float = _STD
+    """Standard deviation of initial weights; those before a residual are divided by ``sqrt(2 * num_layers)``."""
     recompute_granularity: Literal["selective", "full"] | None = None
     """Recompute activations in the backward: only attention's core (``selective``), or whole layers (``full``)."""
     recompute_method: Literal["uniform", "block"] | None = None
@@ -283,6 +285,9 @@ class T5Config(TransformerModelConfig):
     relative_attention_max_distance: int = 128
     scale_attention: bool = False
     """Divide scores by the root of the head's width. T5 does not; its initial weights make up for it."""
+    initializer_factor: float | None = 1.0
+    """Draw initial weights as T5 does, each matrix by the width of what it reads, times this; ``None`` draws them as
+    Megatron-LM does, by ``init_method_std`` and the number of layers."""
     share_embeddings_and_output_weights: bool = True
     scale_decoder_output: bool = True
     """Scale the decoder's output by ``hidden_size ** -0.5`` before the vocabulary, as T5 v1.0 does."""
@@ -294,6 +299,12 @@ class T5Config(TransformerModelConfig):
             raise ValueError(
                 f"num_query_groups={self.num_query_groups} groups queries, which the cross attention of a T5 cannot. "
                 "Leave it out."
+            )
+        if self.initializer_factor is not None and self.init_method_std != _STD:
+            raise ValueError(
+                f"init_method_std={self.init_method_std!r} is of Megatron-LM's initial weights, but "
+                f"initializer_factor={self.initializer_factor!r} asks for T5's own. Leave one out: "
+                "initializer_factor=None uses init_method_std."
             )
         if self.decoder_num_layers is not None and self.decoder_num_layers < 1:
             raise ValueError(f"decoder_num_layers={self.decoder_num_layers!r}, but must be at least 1, or None.")

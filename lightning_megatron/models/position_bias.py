@@ -75,6 +75,7 @@ class RelativePositionBias(CoreModule):
     Args:
         bidirectional: whether keys after a query have buckets, as in an encoder.
         canonical: whether this is the first chunk of the pipeline, whose copy counts.
+        std: standard deviation of the initial weights.
         seed: of the initial weights.
     """
 
@@ -87,6 +88,7 @@ class RelativePositionBias(CoreModule):
         num_buckets: int,
         max_distance: int,
         canonical: bool,
+        std: float,
         seed: int,
     ) -> None:
         super().__init__(config)
@@ -94,7 +96,7 @@ class RelativePositionBias(CoreModule):
         heads, rank = divide(config.num_attention_heads, groups.tp.size()), groups.tp.rank()
         # On the CPU, whatever the default device is, so that the seed gives the same table everywhere.
         whole = torch.empty(num_buckets, config.num_attention_heads, dtype=config.params_dtype, device="cpu")
-        torch.nn.init.normal_(whole, std=config.init_method_std, generator=torch.Generator("cpu").manual_seed(seed))
+        torch.nn.init.normal_(whole, std=std, generator=torch.Generator("cpu").manual_seed(seed))
         device = torch.device("cpu") if config.use_cpu_initialization else torch.device(torch.cuda.current_device())
         self.weight = torch.nn.Parameter(whole[:, rank * heads : (rank + 1) * heads].clone().to(device))
         self.weight.tensor_model_parallel = True  # type: ignore[attr-defined]

@@ -9,6 +9,7 @@ decoder's embeddings on; a stage of decoder layers carries the encoder's output,
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ from lightning_megatron.models.specs import (
     norm_for,
     t5_layer_submodules,
 )
+from lightning_megatron.models.t5_weights import scale_layer, standard_deviations, vector_std
 from lightning_megatron.models.transformer_config import BuildContext, Stage, transformer_config
 from lightning_megatron.models.vocabulary import VocabularyLoss
 
@@ -48,9 +50,7 @@ def t5_core_config(config: T5Config, context: BuildContext) -> CoreConfig:
         context,
         num_layers=config.num_layers + config.decoder_layers,
         softmax_scale=None if config.scale_attention else 1.0,
-        # What the scale of the output undoes. With small embeddings the tied logits would begin next to constant, and
-        # learn slowly.
-        embedding_init_method_std=1.0 if config.scale_decoder_output else None,
+        **standard_deviations(config),
     )
     # Lets finalize_model_grads sum the gradients of the bias tables that every stage holds. megatron-core reads this
     # attribute, but does not declare it among the fields.
@@ -153,6 +153,9 @@ class T5Chunk(VocabularyLoss):
             offset=encoder,
             fused=fused,
         )
+        if config.initializer_factor is not None and context.perform_initialization:
+            for layer in (*self.encoder.layers, *self.decoder.layers):
+                scale_layer(layer, config)
         self.encoder_position_bias = self._position_bias(context, bidirectional=True, seed=1)
         self.decoder_position_bias = self._position_bias(context, bidirectional=False, seed=2)
         if self.post_process:
@@ -161,7 +164,7 @@ class T5Chunk(VocabularyLoss):
                 config.hidden_size,
                 padded,
                 config=core_config,
-                init_method=core_config.init_method,
+                init_method=partial(torch.nn.init.normal_, std=vector_std(config)),
                 bias=False,
                 gather_output=False,
                 skip_weight_param_allocation=self.pre_process and self.share_embeddings_and_output_weights,
@@ -182,6 +185,7 @@ class T5Chunk(VocabularyLoss):
             num_buckets=self.model_config.relative_attention_num_buckets,
             max_distance=self.model_config.relative_attention_max_distance,
             canonical=self.pre_process,
+            std=vector_std(self.model_config),
             seed=context.seed + seed,
         )
 

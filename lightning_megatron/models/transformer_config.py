@@ -71,12 +71,13 @@ def transformer_config(
 
     Args:
         num_layers: all layers that pipeline stages share, if that is not ``model.num_layers``.
-        more: fields that this model alone has.
+        more: fields that this model alone has, or sets in its own way.
 
     Raises:
         LayoutError: the model cannot be split this way.
     """
     layout, policy = context.layout, context.policy
+    more = {"init_method_std": model.init_method_std, **more}
     layout.check_model(
         num_layers=num_layers or model.num_layers,
         num_attention_heads=model.num_attention_heads,
@@ -102,7 +103,6 @@ def transformer_config(
         add_qkv_bias=model.add_bias_linear if model.add_qkv_bias is None else model.add_qkv_bias,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
-        init_method_std=model.init_method_std,
         recompute_granularity=model.recompute_granularity,
         recompute_method=model.recompute_method,
         recompute_num_layers=model.recompute_num_layers,

@@ -34,6 +34,7 @@ def tiny(**changes: Any) -> T5Config:
         relative_attention_max_distance=12,
         hidden_dropout=0.0,
         attention_dropout=0.0,
+        initializer_factor=None,
         init_method_std=0.2,
     ).replace(**changes)
 
