@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +20,8 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_megatron.auto import Choice, Devices, Work, choose
+from lightning_megatron.auto import Choice, choose
+from lightning_megatron.auto_inputs import constraints_of, devices_of, work_of
 from lightning_megatron.backends import core, rng
 from lightning_megatron.backends.groups import connected_when_used, leave_at_exit, stay_at_exit
 from lightning_megatron.checkpoint.io import load, load_weights, snapshot
@@ -30,14 +31,13 @@ from lightning_megatron.checkpoint.run_state import RunState
 from lightning_megatron.checkpoint.saver import CheckpointOptions, Saver
 from lightning_megatron.checkpoint.together import Team
 from lightning_megatron.errors import LayoutError, ModuleError
+from lightning_megatron.gradients import Gradients, unwrap
 from lightning_megatron.layout import ParallelLayout
-from lightning_megatron.models.config import TransformerModelConfig
 from lightning_megatron.models.fused import check_float8
 from lightning_megatron.models.transformer_config import BuildContext
 from lightning_megatron.module import MegatronModule
 from lightning_megatron.optim.config import OptimizerConfig
 from lightning_megatron.optim.optimizer import MegatronOptimizer, build_optimizer
-from lightning_megatron.planner.settings import Constraints
 from lightning_megatron.precision import MegatronPrecision
 from lightning_megatron.replica import ReplicaDataLoader, ReplicaGroups
 from lightning_megatron.schedule import Batch, Schedule, StepResult
@@ -136,12 +136,9 @@ class MegatronStrategy(DDPStrategy):
         self._context: BuildContext | None = None
         self._replica: ReplicaGroups | None = None
         self._schedule: Schedule | None = None
-        self._wrapped_for_training: list[Any] = []
+        self._gradients: Gradients | None = None
         self._checkpoint_options = checkpoint or CheckpointOptions()
         self._checkpoint_saver: Saver | None = None
-        # Gradient accumulation: tokens of the window's schedules so far, None before its first.
-        self._window_tokens: Tensor | None = None
-        self._more_to_accumulate = False
 
     # ------------------------------------------------------------------ what others ask
 
@@ -229,7 +226,7 @@ class MegatronStrategy(DDPStrategy):
         told: tuple[Choice | None, str] = (None, "")
         if self.is_global_zero:
             try:
-                told = (choose(self._work(), self._devices(), self._given()), "")
+                told = (self._choose(), "")
             except LayoutError as error:
                 told = (None, str(error))
         choice, message = self.broadcast(told)
@@ -244,42 +241,14 @@ class MegatronStrategy(DDPStrategy):
         self._undecided = False
         rank_zero_info(f"MegatronStrategy('auto'): {choice.reason}")
 
-    def _work(self) -> Work:
-        module = self.lightning_module
-        config = getattr(module, "config", None)
-        if not isinstance(config, TransformerModelConfig):
-            raise LayoutError(
-                f"{type(module).__name__} has no `config` of a known kind, such as GPTConfig, by which to plan. Give "
-                "the sizes instead of 'auto'."
-            )
-        assert module is not None
-        data = getattr(module.trainer, "datamodule", None)
-        return Work(
-            model=config,
-            precision=self.precision_plugin.precision,  # type: ignore[arg-type]
-            global_batch_size=getattr(data, "global_batch_size", None),
-            seq_length=getattr(data, "seq_length", None),
-            context_parallel=bool(getattr(module, "supports_context_parallel", False)),
-        )
-
-    def _devices(self) -> Devices:
-        name, memory = core.device_name_and_memory(self.root_device)
-        shares = self.num_processes if name == "cpu" else 1
-        return Devices(name=name, memory=memory / shares, count=self.world_size, per_node=self.num_processes)
-
-    def _given(self) -> Constraints:
-        """Sizes and switches that are not at their defaults."""
-        layout = self.layout
-        sizes = {
-            name: size
-            for name, size in layout.as_dict().items()
-            if name in Constraints.__dataclass_fields__ and size != ParallelLayout.__dataclass_fields__[name].default
-        }
-        return Constraints(
-            **sizes,  # type: ignore[arg-type]
+    def _choose(self) -> Choice:
+        work = work_of(self.lightning_module, self.precision_plugin.precision)
+        given = constraints_of(
+            self.layout,
             micro_batch_size=self.micro_batch_size,
-            use_distributed_optimizer=True if self.use_distributed_optimizer else None,
+            use_distributed_optimizer=self.use_distributed_optimizer,
         )
+        return choose(work, devices_of(self.root_device, self.world_size, self.num_processes), given)
 
     def _initialise_groups(self) -> None:
         if self._context is not None and self._context.policy == self.precision_plugin.policy:
@@ -321,7 +290,6 @@ class MegatronStrategy(DDPStrategy):
             check_float8(self.lightning_module.chunks)
         training = trainer.state.fn == TrainerFn.FITTING
         self._chunks = self._wrap(list(self.lightning_module.chunks), training)
-        self._configure_core()
         if training:
             self.setup_optimizers(trainer)
             self._connect_optimizer()
@@ -339,23 +307,14 @@ class MegatronStrategy(DDPStrategy):
 
     def _wrap(self, chunks: list[Any], training: bool) -> list[Any]:
         """Casts of inputs and outputs around half-precision chunks, gradient buffers around those that train."""
-        if self._wrapped_for_training and [_unwrap(chunk) for chunk in self._wrapped_for_training] == chunks:
-            return self._wrapped_for_training  # wrapping again would hook every parameter twice
+        if self._gradients is not None and self._gradients.belong_to(chunks):
+            return self._gradients.chunks  # wrapping again would hook every parameter twice
         if self.precision_plugin.policy.half:
             chunks = [core.Float16Module(core.get_model_config(chunk), chunk) for chunk in chunks]
         if not training:
             return chunks
-        self._wrapped_for_training = [
-            core.DistributedDataParallel(
-                core.get_model_config(chunk),
-                self._ddp_config(),
-                chunk,
-                disable_bucketing=index > 0,  # as Megatron-LM does: only the first chunk's backward ends the step
-                pg_collection=self.build_context.groups,
-            )
-            for index, chunk in enumerate(chunks)
-        ]
-        return self._wrapped_for_training
+        self._gradients = Gradients(chunks, self.build_context.groups, self._ddp_config())
+        return self._gradients.chunks
 
     def _ddp_config(self) -> core.DistributedDataParallelConfig:
         return core.DistributedDataParallelConfig(
@@ -363,15 +322,6 @@ class MegatronStrategy(DDPStrategy):
             grad_reduce_in_fp32=self.precision_plugin.policy.grad_reduce_in_fp32,
             **self._ddp_options,
         )
-
-    def _configure_core(self) -> None:
-        """Tell megatron-core's schedule how gradients are reduced."""
-        config = core.get_model_config(self._chunks[0])
-        config.finalize_model_grads_func = self._finalize_gradients
-        config.grad_scale_func = None
-        config.no_sync_func = None
-        if self._ddp_options["overlap_grad_reduce"] and self._wrapped_for_training:
-            config.no_sync_func = _each([chunk.no_sync for chunk in self._wrapped_for_training])
 
     def _connect_optimizer(self) -> None:
         if len(self.optimizers) != 1 or not isinstance(self.optimizers[0], MegatronOptimizer):
@@ -381,7 +331,8 @@ class MegatronStrategy(DDPStrategy):
                 "its own optimizer steps. Return self.strategy.build_optimizer(OptimizerConfig(...)), with any LR "
                 "scheduler on it."
             )
-        core.get_model_config(self._chunks[0]).grad_scale_func = self.megatron_optimizer.core.scale_loss
+        assert self._gradients is not None
+        self._gradients.connect(self.megatron_optimizer, self._gradients_are_looked_at)
 
     def build_optimizer(self, config: OptimizerConfig) -> MegatronOptimizer:
         """Megatron's optimizer over this rank's weights; for ``configure_optimizers``."""
@@ -414,47 +365,9 @@ class MegatronStrategy(DDPStrategy):
         assert self._schedule is not None
         if forward_only:
             return self._schedule(batch, forward_only=True)
-        if self._window_tokens is None:
-            self._zero_gradients()
-        with self._without_reduction() if self._more_to_accumulate else nullcontext():
-            result = self._schedule(batch, forward_only=False)
-        return result
-
-    def _zero_gradients(self) -> None:
-        for chunk in self._chunks:
-            chunk.zero_grad_buffer()
-        # Without master weights param.grad is the buffer itself after a step, and the first micro-batch would be
-        # added to it twice.
-        self.megatron_optimizer.core.zero_grad()
-
-    @contextmanager
-    def _without_reduction(self) -> Iterator[None]:
-        config = core.get_model_config(self._chunks[0])
-        no_sync, config.no_sync_func = config.no_sync_func, nullcontext
-        try:
-            with ExitStack() as stack:
-                for chunk in self._chunks:
-                    stack.enter_context(chunk.no_sync())
-                yield
-        finally:
-            config.no_sync_func = no_sync
-
-    def _finalize_gradients(self, chunks: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
-        """Reduce gradients and divide them by the tokens of the whole accumulation window, at its end."""
-        if num_tokens is not None:
-            num_tokens = num_tokens if self._window_tokens is None else num_tokens + self._window_tokens
-        if self._more_to_accumulate:
-            self._window_tokens = num_tokens
-            return
-        self._window_tokens = None
-        if num_tokens is None or self._gradients_are_looked_at():
-            core.finalize_model_grads(chunks, num_tokens, **kwargs)
-            return
-        core.finalize_model_grads(chunks, None, **kwargs)
-        scale = 1.0 / self._over_all_ranks(num_tokens).clamp(min=1)
-        if not self.megatron_optimizer.scale_gradients(scale):
-            for chunk in chunks:
-                chunk.scale_gradients(scale)
+        assert self._gradients is not None
+        with self._gradients.step():
+            return self._schedule(batch, forward_only=False)
 
     def _gradients_are_looked_at(self) -> bool:
         """Whether anyone may read gradients before the optimizer does, which can divide them while it reads them.
@@ -470,39 +383,24 @@ class MegatronStrategy(DDPStrategy):
             for hook in hooks
         )
 
-    def _over_all_ranks(self, num_tokens: Tensor) -> Tensor:
-        """Tokens of all replicas, on every rank, from those that the last pipeline stage has counted."""
-        groups = self.build_context.groups
-        if groups.pp.size() > 1:
-            dist.broadcast(num_tokens, group_src=groups.pp.size() - 1, group=groups.pp)
-        if groups.dp_cp.size() > 1:
-            dist.all_reduce(num_tokens, group=groups.dp_cp)
-        return num_tokens
-
     @override
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
         """Lightning enters this around all but the last batch of ``accumulate_grad_batches``."""
-        self._more_to_accumulate = True
-        try:
+        assert self._gradients is not None
+        with self._gradients.accumulate():
             yield
-        finally:
-            self._more_to_accumulate = False
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Names in this rank's chunks and gradients, for ``on_after_backward`` and ``on_before_optimizer_step``.
 
         Elsewhere they may be sums over the tokens of the batch, which the optimizer divides as it reads them.
         """
-        for chunk in self._wrapped_for_training:
-            for name, parameter in _unwrap(chunk).named_parameters():
-                if parameter.requires_grad:
-                    yield name, parameter.main_grad
+        return iter(()) if self._gradients is None else self._gradients.named()
 
     def gradient_buffers(self) -> list[Tensor]:
         """The same in one piece: megatron-core's flat buffers."""
-        buffers = (b for chunk in self._wrapped_for_training for b in (*chunk.buffers, *chunk.expert_parallel_buffers))
-        return [buffer.grad_data for buffer in buffers]
+        return [] if self._gradients is None else self._gradients.buffers()
 
     # ---------------------------------------------------------------------- checkpoints
 
@@ -615,7 +513,7 @@ class MegatronStrategy(DDPStrategy):
 
     def _run_state(self, *, with_optimizer: bool) -> RunState:
         return RunState(
-            [_unwrap(chunk) for chunk in self._chunks],
+            [unwrap(chunk) for chunk in self._chunks],
             self.megatron_optimizer if with_optimizer and self.optimizers else None,
             self.build_context.groups,
         )
@@ -623,14 +521,8 @@ class MegatronStrategy(DDPStrategy):
     @contextmanager
     def gathered_weights(self) -> Iterator[None]:
         """For whoever reads or replaces weights: what a forward would have gathered lazily is gathered before."""
-        lazily = self._ddp_options["overlap_param_gather"] and self._wrapped_for_training
-        for chunk in self._wrapped_for_training if lazily else ():
-            chunk.disable_forward_pre_hook(param_sync=True)
-        try:
+        with nullcontext() if self._gradients is None else self._gradients.gathered_weights():
             yield
-        finally:
-            for chunk in self._wrapped_for_training if lazily else ():
-                chunk.enable_forward_pre_hook()
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -659,14 +551,3 @@ def _named_layout(layout: str | ParallelLayout, given: ParallelLayout) -> Parall
     if given != ParallelLayout():
         raise LayoutError(f"The layout {layout} already says every size, but {given} was given beside it. Give one.")
     return ParallelLayout.parse(layout) if isinstance(layout, str) else layout
-
-
-def _unwrap(chunk: Any) -> Any:
-    while isinstance(chunk, (core.DistributedDataParallel, core.Float16Module)):
-        chunk = chunk.module
-    return chunk
-
-
-def _each(functions: list[Any]) -> Any:
-    """megatron-core takes one function for one chunk, and a list for several."""
-    return functions if len(functions) > 1 else functions[0]
