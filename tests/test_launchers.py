@@ -69,6 +69,7 @@ def test_torchrun(corpus: Path, tmp_path: Path) -> None:
     finished(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_slurm(corpus: Path, tmp_path: Path) -> None:
     """One task, as srun would start it: the world comes from SLURM_* alone."""
     slurm = {

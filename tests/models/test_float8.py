@@ -306,6 +306,7 @@ def run_script(name: str, **environment: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_kernels_in_triton_interpreter() -> None:
     """Every kernel's values without a GPU."""
     run_script("check_float8.py", TRITON_INTERPRET="1")

@@ -205,6 +205,7 @@ def test_every_field_that_must_be_off_exists() -> None:
     assert all(hasattr(config, name) for name in _MUST_BE_OFF)
 
 
+@pytest.mark.slow
 def test_kernels_in_triton_interpreter() -> None:
     """Every Triton kernel's values without a GPU, in a process of its own."""
     pytest.importorskip("triton")

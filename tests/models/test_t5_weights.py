@@ -47,7 +47,7 @@ def weights(ranks: RankPool, config: T5Config, **layout: Any) -> dict[str, Tenso
     return mapping.to_theirs(t5.table(config), joined)
 
 
-@pytest.mark.parametrize(("changes", "factor"), [({}, 1.0), (V1_1, 1.0), ({}, 0.5)], ids=["v1.0", "v1.1", "half"])
+@pytest.mark.parametrize(("changes", "factor"), [({}, 1.0), (V1_1, 0.5)], ids=["v1.0", "v1.1"])
 def test_deviations_are_those_of_hugging_face(ranks: RankPool, changes: dict[str, Any], factor: float) -> None:
     import transformers as hf
 
@@ -55,7 +55,7 @@ def test_deviations_are_those_of_hugging_face(ranks: RankPool, changes: dict[str
     torch.manual_seed(0)
     theirs = hf.T5ForConditionalGeneration(hf.T5Config(**t5.fields(config))).state_dict()
     for name, weight in weights(ranks, config).items():
-        expected = HIDDEN**-0.5 if name == "lm_head.weight" else float(theirs[name].std())
+        expected = factor * HIDDEN**-0.5 if name == "lm_head.weight" else float(theirs[name].std())
         if "norm" in name:
             assert torch.equal(weight, torch.ones_like(weight))
         else:
@@ -72,9 +72,8 @@ def test_layouts_draw_the_same(ranks: RankPool) -> None:
 @pytest.mark.parametrize("changes", [{}, V1_1, {"scale_decoder_output": False}, MEGATRON], ids=str)
 def test_a_fresh_model_knows_nothing(ranks: RankPool, changes: dict[str, Any]) -> None:
     """Its loss is that of a guess, and not of a model that repeats what it reads."""
-    for layers in (2, 12):
-        (result,) = ranks.run(evaluate, 1, partial(T5Module, tiny(**changes, num_layers=layers)), batch(), {})
-        assert float(result["loss"]) < math.log(VOCAB) + 1.0
+    (result,) = ranks.run(evaluate, 1, partial(T5Module, tiny(**changes, num_layers=6)), batch(), {})
+    assert float(result["loss"]) < math.log(VOCAB) + 1.0
 
 
 def test_one_kind_of_initial_weights() -> None:
