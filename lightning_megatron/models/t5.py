@@ -38,7 +38,7 @@ from lightning_megatron.models.specs import (
     norm_for,
     t5_layer_submodules,
 )
-from lightning_megatron.models.t5_weights import scale_layer, standard_deviations, vector_std
+from lightning_megatron.models.t5_weights import scale_layer, standard_deviations, table_std
 from lightning_megatron.models.transformer_config import BuildContext, Stage, transformer_config
 from lightning_megatron.models.vocabulary import VocabularyLoss
 
@@ -164,7 +164,7 @@ class T5Chunk(VocabularyLoss):
                 config.hidden_size,
                 padded,
                 config=core_config,
-                init_method=partial(torch.nn.init.normal_, std=vector_std(config)),
+                init_method=partial(torch.nn.init.normal_, std=table_std(config)),
                 bias=False,
                 gather_output=False,
                 skip_weight_param_allocation=self.pre_process and self.share_embeddings_and_output_weights,
@@ -185,7 +185,7 @@ class T5Chunk(VocabularyLoss):
             num_buckets=self.model_config.relative_attention_num_buckets,
             max_distance=self.model_config.relative_attention_max_distance,
             canonical=self.pre_process,
-            std=vector_std(self.model_config),
+            std=table_std(self.model_config),
             seed=context.seed + seed,
         )
 

@@ -31,8 +31,8 @@ def standard_deviations(config: T5Config) -> dict[str, Any]:
     }
 
 
-def vector_std(config: T5Config) -> float:
-    """Standard deviation of what meets a hidden state alone: a bias table, or an output layer."""
+def table_std(config: T5Config) -> float:
+    """Standard deviation of a table of position biases, and of an output layer that is not the embedding."""
     factor = config.initializer_factor
     return config.init_method_std if factor is None else factor * config.hidden_size**-0.5
 
