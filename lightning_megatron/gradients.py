@@ -22,7 +22,7 @@ class Gradients:
     Args:
         chunks: this rank's, which are wrapped here.
         groups: the process groups to reduce over.
-        config: how.
+        config: whether to reduce while the backward goes on, shard the optimizer, and more of megatron-core's.
     """
 
     def __init__(

@@ -179,10 +179,10 @@ def restore(checkpoint: Path, trainer: pl.Trainer) -> MegatronModule:
     from lightning_megatron.models.registry import module_for
 
     model = CheckpointMetadata.read(checkpoint).model
-    configs = {"GPTModule": GPTConfig, "T5Module": T5Config}
+    configs: dict[str, type[GPTConfig | T5Config]] = {"GPTModule": GPTConfig, "T5Module": T5Config}
     if model.get("module") not in configs:
         raise CheckpointError(f"{checkpoint} holds a {model.get('module')}; {' and '.join(configs)} generate.")
-    module = module_for(configs[model["module"]](**model["config"]))
+    module = module_for(configs[model["module"]].from_checkpoint(model["config"]))
     if "lora" in model:
         module.lora = LoRAConfig(**model["lora"])
     with warnings.catch_warnings():

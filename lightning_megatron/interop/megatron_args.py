@@ -36,7 +36,7 @@ def described(model: Mapping[str, Any], where: Any) -> Identity:
     unknown = sorted(set(model["config"]) - known)
     if unknown:
         raise CheckpointError(f"{where} has the fields {unknown}, which this version's {kind.__name__} does not.")
-    return Identity(kind(**model["config"]), model.get("hugging_face") or {})
+    return Identity(kind.from_checkpoint(model["config"]), model.get("hugging_face") or {})
 
 
 def to_args(

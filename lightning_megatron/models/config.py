@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, override
 
 if TYPE_CHECKING:
     from lightning_megatron.layout import ParallelLayout
@@ -102,6 +103,11 @@ class TransformerModelConfig:
                 f"recompute_method={self.recompute_method!r} and recompute_num_layers={self.recompute_num_layers!r} "
                 f"belong to recompute_granularity='full', but it is {self.recompute_granularity!r}."
             )
+
+    @classmethod
+    def from_checkpoint(cls, told: Mapping[str, Any]) -> Self:
+        """The configuration that a checkpoint tells, which may be older than some fields."""
+        return cls(**told)
 
     @property
     def ffn_size(self) -> int:
@@ -314,6 +320,12 @@ class T5Config(TransformerModelConfig):
                 f"relative_attention_num_buckets={buckets} must be a multiple of 4, and "
                 f"relative_attention_max_distance={longest} more than half of it."
             )
+
+    @classmethod
+    @override
+    def from_checkpoint(cls, told: Mapping[str, Any]) -> Self:
+        # Before this field there were Megatron-LM's initial weights alone.
+        return cls(**{"initializer_factor": None, **told})
 
     @property
     def decoder_layers(self) -> int:

@@ -38,7 +38,7 @@ from lightning_megatron.models.specs import (
     norm_for,
     t5_layer_submodules,
 )
-from lightning_megatron.models.t5_weights import scale_layer, standard_deviations, table_std
+from lightning_megatron.models.t5_weights import deviation_fields, scale_layer, table_std
 from lightning_megatron.models.transformer_config import BuildContext, Stage, transformer_config
 from lightning_megatron.models.vocabulary import VocabularyLoss
 
@@ -50,7 +50,7 @@ def t5_core_config(config: T5Config, context: BuildContext) -> CoreConfig:
         context,
         num_layers=config.num_layers + config.decoder_layers,
         softmax_scale=None if config.scale_attention else 1.0,
-        **standard_deviations(config),
+        **deviation_fields(config),
     )
     # Lets finalize_model_grads sum the gradients of the bias tables that every stage holds. megatron-core reads this
     # attribute, but does not declare it among the fields.

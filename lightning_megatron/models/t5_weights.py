@@ -16,7 +16,7 @@ from lightning_megatron.backends.core import CrossAttention
 from lightning_megatron.models.config import T5Config
 
 
-def standard_deviations(config: T5Config) -> dict[str, Any]:
+def deviation_fields(config: T5Config) -> dict[str, Any]:
     """megatron-core's fields for weights that :func:`scale_layer` scales afterwards; none for Megatron-LM's weights."""
     factor = config.initializer_factor
     if factor is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_megatron.interop import mapping, sharding, t5
+from lightning_megatron.interop.megatron_args import described
 from lightning_megatron.models.config import T5Config
 from lightning_megatron.models.t5_module import T5Module
 from tests.helpers import quiet_trainer
@@ -81,3 +83,12 @@ def test_one_kind_of_initial_weights() -> None:
     with pytest.raises(ValueError, match=message):
         T5Config(init_method_std=0.05)
     assert T5Config(init_method_std=0.05, initializer_factor=None).init_method_std == 0.05
+
+
+def test_a_checkpoint_older_than_the_field_says_what_it_was_drawn_by() -> None:
+    told = asdict(T5Config(init_method_std=0.05, initializer_factor=None))
+    del told["initializer_factor"]
+    found = described({"module": "T5Module", "config": told}, "a checkpoint").config
+    assert found == T5Config(init_method_std=0.05, initializer_factor=None)
+    newer = {"module": "T5Module", "config": asdict(T5Config(initializer_factor=0.5))}
+    assert described(newer, "a checkpoint").config == T5Config(initializer_factor=0.5)
