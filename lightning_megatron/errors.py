@@ -15,3 +15,7 @@ class DataError(RuntimeError):
 
 class CheckpointError(RuntimeError):
     """A checkpoint that is incomplete, damaged, or of another model."""
+
+
+class RendezvousError(RuntimeError):
+    """Ranks of a run that do not find each other at its start."""

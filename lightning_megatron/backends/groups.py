@@ -6,6 +6,7 @@ import atexit
 import gc
 import os
 import socket
+import stat
 import time
 import weakref
 from collections.abc import Iterator
@@ -17,8 +18,41 @@ from torch.distributed import distributed_c10d
 from lightning_megatron.backends.core import parallel_state
 
 _INTERNET = (socket.AF_INET, socket.AF_INET6)
+_CONNECTIONS: set[int] = set()
+"""Inodes of the sockets that the process groups of this process have opened: torch has no list of them."""
 _LETTING_GO = 0.1
 """Seconds in which a thread gets the interpreter's lock on a busy machine too."""
+
+
+@contextmanager
+def recorded() -> Iterator[None]:
+    """Record the connections of the groups that are made inside, for :func:`abort_all`.
+
+    What another thread of this process connects meanwhile is taken for one of them.
+    """
+    before = _internet_sockets()
+    try:
+        yield
+    finally:
+        now = _internet_sockets()
+        _CONNECTIONS.intersection_update(now)  # those of groups that are gone
+        _CONNECTIONS.update(now.keys() - before.keys())
+
+
+def _internet_sockets() -> dict[int, int]:
+    """Inode and descriptor of every TCP connection or listener of this process."""
+    found: dict[int, int] = {}
+    for name in os.listdir("/dev/fd"):
+        try:
+            status = os.fstat(int(name))
+            if not stat.S_ISSOCK(status.st_mode):
+                continue
+            with socket.socket(fileno=os.dup(int(name))) as connection:
+                if connection.family in _INTERNET and connection.type == socket.SOCK_STREAM:
+                    found[status.st_ino] = int(name)
+        except OSError:  # closed by now
+            continue
+    return found
 
 
 @contextmanager
@@ -74,12 +108,13 @@ def abort_all() -> None:
 
     torch lists the groups of a process in a private table alone, and a thread that hangs may be in any of them. NCCL's
     can be aborted; gloo's say so too, but go on waiting (torch 2.11), and a receive has no time-out either. What does
-    end them is the end of their connections, so all of this process's connections to other hosts or ports are shut.
+    end them is the end of their connections, so those that were made inside :func:`recorded` are shut, and no other.
     """
     for group in list(distributed_c10d._world.pg_map):
         group.abort()
-    for name in os.listdir("/dev/fd"):
-        _shut(int(name))
+    for inode, descriptor in _internet_sockets().items():
+        if inode in _CONNECTIONS:
+            _shut(descriptor)
 
 
 def _shut(descriptor: int) -> None:
@@ -88,9 +123,8 @@ def _shut(descriptor: int) -> None:
     except OSError:  # no socket, or closed by now
         return
     with connection:
-        if connection.family in _INTERNET and connection.type == socket.SOCK_STREAM:
-            try:
-                connection.getpeername()
-                connection.shutdown(socket.SHUT_RDWR)
-            except OSError:  # a socket that only listens
-                return
+        try:
+            connection.getpeername()
+            connection.shutdown(socket.SHUT_RDWR)
+        except OSError:  # a socket that only listens
+            return
