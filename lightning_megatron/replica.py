@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
 from itertools import islice
 from typing import Any
 
@@ -20,7 +21,15 @@ _Schema = list[tuple[str, tuple[int, ...], torch.dtype]]
 class ReplicaGroups:
     """Host-side process groups of each model replica, over gloo, so that no device waits for the data loader."""
 
-    def __init__(self, layout: ParallelLayout, world_size: int, rank: int, *, data_on_every_stage: bool) -> None:
+    def __init__(
+        self,
+        layout: ParallelLayout,
+        world_size: int,
+        rank: int,
+        *,
+        data_on_every_stage: bool,
+        timeout: timedelta | None = None,
+    ) -> None:
         self.reader = True
         """Whether this rank reads."""
         self.has_data = True
@@ -33,10 +42,10 @@ class ReplicaGroups:
         mine = next(index for index, ranks in enumerate(everyone) if rank in ranks)
         self.reader = rank == everyone[mine][0]
         self.has_data = rank in with_data[mine]
-        self.all, _ = dist.new_subgroups_by_enumeration(everyone, backend="gloo")
+        self.all, _ = dist.new_subgroups_by_enumeration(everyone, timeout=timeout, backend="gloo")
         self.data = self.all
         if with_data != everyone:
-            self.data, _ = dist.new_subgroups_by_enumeration(with_data, backend="gloo")
+            self.data, _ = dist.new_subgroups_by_enumeration(with_data, timeout=timeout, backend="gloo")
 
     @staticmethod
     def _ranks(layout: ParallelLayout, world_size: int, data_on_every_stage: bool) -> tuple[list[list[int]], ...]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 from typing import Any, override
 
@@ -19,11 +20,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_megatron.auto import Choice, choose
 from lightning_megatron.auto_inputs import constraints_of, devices_of, work_of
 from lightning_megatron.backends import core, rng
-from lightning_megatron.backends.groups import connected_when_used, leave_at_exit, stay_at_exit
+from lightning_megatron.backends.group_sets import GroupSet, group_set
+from lightning_megatron.backends.groups import abort_all, leave_at_exit, recorded, stay_at_exit
+from lightning_megatron.backends.rendezvous import meet, stay_on_loopback
 from lightning_megatron.checkpoint.io import load, load_weights, snapshot
 from lightning_megatron.checkpoint.metadata import HasTokenizer
 from lightning_megatron.checkpoint.publish import local_path
@@ -33,6 +37,8 @@ from lightning_megatron.checkpoint.together import Team
 from lightning_megatron.errors import LayoutError, ModuleError
 from lightning_megatron.gradients import Gradients, unwrap
 from lightning_megatron.layout import ParallelLayout
+from lightning_megatron.liveness import PeerWatch
+from lightning_megatron.liveness.lightning import TogetherOnSignal, blame, open_watch
 from lightning_megatron.models.fused import check_float8
 from lightning_megatron.models.transformer_config import BuildContext
 from lightning_megatron.module import MegatronModule
@@ -63,7 +69,9 @@ class MegatronStrategy(DDPStrategy):
         ddp: more fields of megatron-core's ``DistributedDataParallelConfig``.
         checkpoint: how checkpoints are saved: in the background for instance.
         seed: of weights and dropout; ``None`` takes the seed of ``lightning.seed_everything``, else 1234.
-        timeout: how long a collective waits for a rank that does not come.
+        timeout: how long a collective waits for a rank that does not come, and how long a rank may show no sign of
+            life. A rank whose process ends is noticed at once.
+        connect_timeout: how long a rank tries to reach rank 0 when the run starts.
         kwargs: of Lightning's ``DDPStrategy``, such as ``start_method``, ``process_group_backend`` or
             ``cluster_environment``.
 
@@ -92,6 +100,7 @@ class MegatronStrategy(DDPStrategy):
         checkpoint: CheckpointOptions | None = None,
         seed: int | None = None,
         timeout: timedelta = timedelta(minutes=10),
+        connect_timeout: timedelta = timedelta(seconds=50),
         **kwargs: Any,
     ) -> None:
         super().__init__(timeout=timeout, **kwargs)
@@ -134,11 +143,15 @@ class MegatronStrategy(DDPStrategy):
         self._seed = seed
         self._chunks: list[Any] = []
         self._context: BuildContext | None = None
+        self._groups: GroupSet | None = None
         self._replica: ReplicaGroups | None = None
         self._schedule: Schedule | None = None
         self._gradients: Gradients | None = None
         self._checkpoint_options = checkpoint or CheckpointOptions()
         self._checkpoint_saver: Saver | None = None
+        self._connect_timeout = connect_timeout
+        self._watch: PeerWatch | None = None
+        self._signals: TogetherOnSignal | None = None
 
     # ------------------------------------------------------------------ what others ask
 
@@ -212,14 +225,68 @@ class MegatronStrategy(DDPStrategy):
         if self._forks:
             # OpenMP's threads stay in the notebook's process, and a fork that used more than one would wait for them.
             torch.set_num_threads(1)
-        ours = not dist.is_initialized()
         super().setup_environment()
-        if ours and dist.get_backend() == "gloo":  # NCCL's are Lightning's to end
-            leave_at_exit()
+        self._open_watch()
         core.use_device(self.root_device)
         if self._undecided:
             self._decide()
         self._initialise_groups()
+
+    @override
+    def setup_distributed(self) -> None:
+        if not dist.is_initialized():
+            self.set_world_ranks()
+            environment, device = self.cluster_environment, self.root_device
+            assert environment is not None
+            address = environment.main_address if self.world_size > 1 else None
+            stay_on_loopback(address)
+            with recorded():
+                store = (
+                    dist.HashStore()
+                    if address is None
+                    else meet(
+                        address,
+                        environment.main_port,
+                        self.global_rank,
+                        self.world_size,
+                        timeout=self._collective_timeout,
+                        connect_timeout=self._connect_timeout,
+                    )
+                )
+                dist.init_process_group(
+                    self.process_group_backend or dist.get_default_backend_for_device(device),
+                    store=store,
+                    rank=self.global_rank,
+                    world_size=self.world_size,
+                    timeout=self._collective_timeout,
+                    device_id=None if device.type == "cpu" else device,
+                )
+            leave_at_exit()
+        super().setup_distributed()
+
+    @property
+    def _collective_timeout(self) -> timedelta:
+        return self._timeout or timedelta(minutes=10)
+
+    def _open_watch(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
+        self._watch = open_watch(
+            self, timeout=self._collective_timeout, abort=abort_all, is_saving=lambda: self.saving_in_background
+        )
+
+    @override
+    def on_train_start(self) -> None:
+        """Lightning's handler of SIGTERM, installed by now, runs a collective wherever the signal meets a rank."""
+        super().on_train_start()
+        if self._watch is not None:
+            self._signals = TogetherOnSignal(self._watch)
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        if self._signals is not None:
+            self._signals.before_batch()
 
     def _decide(self) -> None:
         """Take what the planner chooses on rank 0, which all ranks hear of, as of an error."""
@@ -252,33 +319,41 @@ class MegatronStrategy(DDPStrategy):
 
     def _initialise_groups(self) -> None:
         if self._context is not None and self._context.policy == self.precision_plugin.policy:
-            return  # a second fit, validate, test or predict of the same Trainer
+            assert self._groups is not None
+            self._groups.install()  # a second fit, validate, test or predict; another Trainer may have run meanwhile
+            return
         if self.precision_plugin.policy.float8 is not None:
             self.precision_plugin.policy.float8.check_device(self.root_device)
-        layout, state = self.layout, core.parallel_state
-        timeout = self._timeout or timedelta(minutes=10)
         assert isinstance(self.lightning_module, MegatronModule)
-        state.destroy_model_parallel()  # also what an initialisation that broke off has left
-        with connected_when_used():
-            state.initialize_model_parallel(
-                tensor_model_parallel_size=layout.tensor_model_parallel_size,
-                pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
-                virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
-                context_parallel_size=layout.context_parallel_size,
-                expert_model_parallel_size=layout.expert_model_parallel_size,
-                create_gloo_process_groups=False,
-                distributed_timeout_minutes=max(1, round(timeout.total_seconds() / 60)),
-            )
-            self._replica = ReplicaGroups(
-                layout,
-                self.world_size,
-                self.global_rank,
-                data_on_every_stage=self.lightning_module.data_on_every_stage,
-            )
+        everywhere = self.lightning_module.data_on_every_stage
+        key = (self.layout, everywhere, self._collective_timeout)
+        self._groups = group_set(key, lambda: self._make_groups(data_on_every_stage=everywhere))
+        self._replica = self._groups.extra
         seed = self._seed if self._seed is not None else int(os.environ.get("PL_GLOBAL_SEED", DEFAULT_SEED))
-        rng.seed(seed, state.get_pipeline_model_parallel_rank())
-        groups = core.ProcessGroupCollection.use_mpu_process_groups()
-        self._context = BuildContext(layout, groups, self.precision_plugin.policy, self.root_device, seed)
+        rng.seed(seed, core.parallel_state.get_pipeline_model_parallel_rank())
+        self._context = BuildContext(
+            self.layout, self._groups.collection, self.precision_plugin.policy, self.root_device, seed
+        )
+
+    def _make_groups(self, *, data_on_every_stage: bool) -> ReplicaGroups:
+        layout = self.layout
+        core.parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor_model_parallel_size,
+            pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
+            context_parallel_size=layout.context_parallel_size,
+            expert_model_parallel_size=layout.expert_model_parallel_size,
+            create_gloo_process_groups=False,
+            # An integer in its signature, but what a timedelta takes: a fraction is exact.
+            distributed_timeout_minutes=self._collective_timeout.total_seconds() / 60,
+        )
+        return ReplicaGroups(
+            layout,
+            self.world_size,
+            self.global_rank,
+            data_on_every_stage=data_on_every_stage,
+            timeout=self._collective_timeout,
+        )
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
@@ -350,6 +425,9 @@ class MegatronStrategy(DDPStrategy):
         assert self._replica is not None
         assert isinstance(self.lightning_module, MegatronModule)
         module = self.lightning_module
+        if isinstance(dataloader, DataLoader) and dataloader.num_workers:
+            # A worker that is killed cannot remove a temporary directory of its own, so workers use this process's.
+            get_temp_dir()
         return ReplicaDataLoader(
             dataloader,
             self._replica,
@@ -508,8 +586,16 @@ class MegatronStrategy(DDPStrategy):
     @property
     def _saver(self) -> Saver:
         if self._checkpoint_saver is None:
-            self._checkpoint_saver = Saver(self._checkpoint_options, self._timeout or timedelta(minutes=10))
+            assert self._groups is not None
+            for before in self._groups.users:  # another Trainer's, which may still be writing over the same group
+                before.finish(abort_all)
+            self._checkpoint_saver = Saver(self._checkpoint_options, self._checkpoint_group)
+            self._groups.users.add(self._checkpoint_saver)
         return self._checkpoint_saver
+
+    def _checkpoint_group(self, name: str) -> dist.ProcessGroup:
+        assert self._groups is not None
+        return self._groups.named(name, lambda: dist.new_group(backend="gloo", timeout=self._collective_timeout))
 
     def _run_state(self, *, with_optimizer: bool) -> RunState:
         return RunState(
@@ -535,13 +621,21 @@ class MegatronStrategy(DDPStrategy):
     @override
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
-        stay_at_exit()
+        if not dist.is_initialized() or dist.get_backend() == "gloo":  # NCCL's end in any case
+            stay_at_exit()
+        if self._checkpoint_saver is not None:
+            self._checkpoint_saver.failed = True
+        if self._watch is not None:
+            blame(exception, self._watch, abort_all, self.launcher)
 
     @override
     def teardown(self) -> None:
         """Release the accelerator's own resources; groups and weights stay, since saving after a fit is legal."""
         if self._checkpoint_saver is not None:
-            self._checkpoint_saver.finish()
+            self._checkpoint_saver.finish(abort_all)
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = self._signals = None
         self.precision_plugin.teardown()
         assert self.accelerator is not None
         self.accelerator.teardown()

@@ -17,6 +17,8 @@ import lightning.pytorch as pl
 import torch.distributed as dist
 
 from lightning_megatron.backends.groups import abort_all
+from lightning_megatron.backends.rendezvous import serve
+from lightning_megatron.liveness.watch import innermost_line
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +77,7 @@ class _Board:
         """The last beat of each rank, and the seconds since it was new."""
         now = time.monotonic()
         beat, since = self._mine
-        mine = (Beat(beat.count, beat.step, beat.doing, _innermost(self._trains)), since)
+        mine = (Beat(beat.count, beat.step, beat.doing, innermost_line(self._trains)), since)
         with self._lock:
             known = self._known | {self._rank: mine}
         return {rank: (beat, now - since) for rank, (beat, since) in known.items()}
@@ -86,7 +88,7 @@ class _Board:
         return time.monotonic() - self._answered
 
     def _post(self) -> None:
-        beat = asdict(self._mine[0]) | {"where": _innermost(self._trains)}
+        beat = asdict(self._mine[0]) | {"where": innermost_line(self._trains)}
         self._store.set(f"beat/{self._rank}", json.dumps(beat))
 
     def _exchange(self) -> None:
@@ -108,14 +110,6 @@ class _Board:
                 for rank, beat in enumerate(beats):
                     old, since = self._known[rank]
                     self._known[rank] = (beat, since if old.count == beat.count else now)
-
-
-def _innermost(thread: int) -> str:
-    frame = sys._current_frames().get(thread)
-    if frame is None:
-        return ""
-    code = frame.f_code
-    return f"{code.co_name} ({os.path.basename(code.co_filename)}:{frame.f_lineno})"
 
 
 class Heartbeat(pl.Callback):
@@ -158,9 +152,7 @@ class Heartbeat(pl.Callback):
         rank, size = trainer.global_rank, trainer.world_size
         environment = trainer.strategy.cluster_environment  # type: ignore[attr-defined]
         patience = timedelta(seconds=max(self.timeout, 30.0))
-        server = (
-            dist.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=patience) if not rank else None
-        )
+        server = serve(environment.main_address, patience) if not rank else None
         port = trainer.strategy.broadcast(server.port if server else 0)
         store = server or dist.TCPStore(environment.main_address, port, is_master=False, timeout=patience)
         self._board = _Board(store, rank, size, self.interval)
@@ -250,4 +242,6 @@ class Heartbeat(pl.Callback):
             message = self._judge(board, self.timeout / 2)
         self._end(trainer, f"failed with {type(exception).__name__}")
         if message is not None:
-            raise HangError(message) from exception
+            hang = HangError(message)
+            trainer.strategy.on_exception(hang)  # which Lightning does not come to after this
+            raise hang from exception

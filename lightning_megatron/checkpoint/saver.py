@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +18,9 @@ from lightning_megatron.checkpoint.io import Snapshot
 from lightning_megatron.checkpoint.publish import remove
 from lightning_megatron.checkpoint.together import Team
 from lightning_megatron.errors import CheckpointError
+
+_AFTER_FAILURE = 35.0
+"""Seconds that a background save may go on after a failure: a little longer than other ranks let it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +48,18 @@ class CheckpointOptions:
 class Saver:
     """Writes snapshots, one at a time. Every rank calls the same methods in the same order."""
 
-    def __init__(self, options: CheckpointOptions, timeout: timedelta) -> None:
+    def __init__(self, options: CheckpointOptions, group: Callable[[str], dist.ProcessGroup]) -> None:
+        """``group`` returns a gloo group of all ranks by its name."""
         self.options = options
-        self.team = Team(dist.new_group(backend="gloo", timeout=timeout))
+        self.team = Team(group("checkpoint"))
         """For the calling thread."""
-        self._writers = Team(dist.new_group(backend="gloo", timeout=timeout)) if options.background else self.team
+        self._writers = Team(group("checkpoint writers")) if options.background else self.team
         self._thread: threading.Thread | None = None
         self._error: CheckpointError | None = None
         self._staging: list[Tensor] = []
         self._doomed: list[Path] = []
+        self.failed = False
+        """Whether the run has failed, so that the other ranks may never join in what is being written."""
 
     def ready(self) -> bool:
         """Whether a save may begin; waits for the one before, if that is what to do."""
@@ -123,8 +129,18 @@ class Saver:
         for path in doomed:
             remove(path)
 
-    def finish(self) -> None:
-        """As :meth:`wait`, at the end of a run or after an exception, which no other error must hide."""
+    def finish(self, abort: Callable[[], None]) -> None:
+        """As :meth:`wait`, at the end of a run or after an exception, which no other error must hide.
+
+        Args:
+            abort: makes the collectives of this process fail; called if the run has failed and writing takes longer
+                than other ranks go on after a failure.
+        """
+        if self.failed and self._thread is not None:
+            self._thread.join(_AFTER_FAILURE)
+            if self._thread.is_alive():
+                abort()
+        self.failed = False
         try:
             self.wait()
         except CheckpointError as error:
