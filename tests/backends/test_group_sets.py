@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import ipaddress
+import os
+import subprocess
+import sys
 import time
 from datetime import timedelta
-from multiprocessing.util import get_temp_dir
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-import torch
-import torch.distributed as dist
 
 import lightning_megatron as lm
 from lightning_megatron.backends.rendezvous import is_loopback, meet
 from lightning_megatron.errors import RendezvousError
 from tests.checkpoint.runs import make_module
-from tests.helpers import SharedLoader, Tokens, quiet_trainer
+from tests.helpers import SharedLoader, quiet_trainer
 from tests.ranks import RankPool, free_port
 
 TP2 = {"tensor_model_parallel_size": 2}
@@ -37,7 +36,9 @@ def fits(world_size: int, layouts: list[dict[str, int]], directory: Path) -> tup
         trainer.fit(module, SharedLoader(module, length=16))
         if previous is not None:
             previous.save_checkpoint(directory / f"{number}.ckpt")  # after another Trainer has run
-            previous.validate(previous.lightning_module, SharedLoader(previous.lightning_module, length=8), False)
+            previous.validate(
+                previous.lightning_module, SharedLoader(previous.lightning_module, length=8), verbose=False
+            )
         previous = trainer
         time.sleep(0.1)
         counts.append((process.num_fds(), process.num_threads()))
@@ -48,7 +49,7 @@ def check(pool: RankPool, name: str, number: int, directory: Path) -> None:
     world_size, layout = LAYOUTS[name]
     # Of one layout, and of two in turn.
     for index, layouts in enumerate(([layout] * number, [layout, {}] * (number // 2))):
-        for counts, addresses in pool.run(fits, world_size, layouts, directory / str(index), timeout=600.0):
+        for counts, addresses in pool.run(fits, world_size, world_size, layouts, directory / str(index), timeout=600.0):
             assert counts[-1] == counts[2], counts
             assert addresses
             assert all(ipaddress.ip_address(address).is_loopback for address in addresses)
@@ -78,27 +79,31 @@ def test_loopback_addresses() -> None:
     assert [is_loopback(text) for text in ("10.0.0.1", "node7", "0.0.0.0")] == [False] * 3
 
 
-class TellsDirectory(Tokens):
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return super().__getitem__(index) | {"directory": torch.tensor(list(get_temp_dir().encode()))}
+WORKER_IS_KILLED = """
+import os, signal
+from multiprocessing.util import get_temp_dir
+from torch.utils.data import DataLoader
+import lightning_megatron as lm
+from tests.checkpoint.runs import make_module
+from tests.helpers import Tokens, quiet_trainer
 
 
-def worker_directory() -> tuple[str, str]:
-    found: list[Any] = []
-
-    class Keeps(lm.GPTModule):
-        def prepare_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
-            found.append(bytes(batch.pop("directory")[0].tolist()).decode())
-            return super().prepare_batch(batch)
-
-    module = Keeps(make_module().config)
-    trainer = quiet_trainer(lm.MegatronStrategy(), 1, max_steps=1)
-    trainer.fit(module, torch.utils.data.DataLoader(TellsDirectory(), 2, num_workers=1))
-    return found[0], get_temp_dir()
+class Deadly(Tokens):
+    def __getitem__(self, index):
+        assert os.listdir(os.environ["TMPDIR"]) == [os.path.basename(get_temp_dir())]
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_workers_have_no_temporary_directory_of_their_own(ranks: RankPool) -> None:
-    """One that is killed would leave it."""
-    ((of_worker, of_process),) = ranks.run(worker_directory, 1)
-    assert of_worker == of_process
-    assert not dist.is_initialized()
+quiet_trainer(lm.MegatronStrategy(), 1, max_steps=1).fit(make_module(), DataLoader(Deadly(), 2, num_workers=1))
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_worker_leaves_no_temporary_directory(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", WORKER_IS_KILLED],
+        cwd=Path(__file__).parents[2], env={**os.environ, "TMPDIR": str(tmp_path)}, capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    assert "killed by signal: Killed" in ended.stderr
+    assert list(tmp_path.iterdir()) == []
