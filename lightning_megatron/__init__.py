@@ -66,6 +66,7 @@ _HOMES = {
     "ModuleError": "errors",
     "OptimizerConfig": "optim.config",
     "ParallelLayout": "layout",
+    "RendezvousError": "errors",
     "T5Config": "models.config",
     "T5Module": "models.t5_module",
     "average_losses_across_data_parallel_group": "models.collectives",
@@ -73,6 +74,7 @@ _HOMES = {
     "from_pretrained": "models.registry",
 }
 _SUBPACKAGES = ("backends", "callbacks", "checkpoint", "compat", "data", "generation", "planner")
+__all__ = [*_HOMES, *_SUBPACKAGES]  # noqa: PLE0604  (all are strings)
 
 
 def __getattr__(name: str) -> Any:
