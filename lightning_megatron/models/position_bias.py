@@ -64,6 +64,18 @@ def relative_buckets(length: int, *, bidirectional: bool, num_buckets: int, max_
     return offset + torch.where(back < exact, back, far)
 
 
+class _ZeroGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        return states.view_as(states)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        (rows,) = ctx.saved_tensors
+        return gradient, torch.zeros_like(rows)
+
+
 class RelativePositionBias(CoreModule):
     """T5's learned bias of attention scores by bucket of distance, for the heads of this tensor-parallel rank.
 
@@ -136,8 +148,16 @@ class RelativePositionBias(CoreModule):
         while len(self._shared) > _LENGTHS_KEPT:
             del self._shared[next(iter(self._shared))]
         with torch.no_grad():
-            bias.fill(self.rows(length))
+            bias.fill(self(length))  # a call, whose hooks wait for weights that are still being gathered
         return bias
+
+    def without_layers(self, states: Tensor) -> Tensor:
+        """``states`` unchanged, of a chunk with no layer that adds this bias; the table's gradient becomes zero.
+
+        megatron-core's DDP waits for the gradient of every parameter of a bucket, and finishes a gather of parameters
+        when their module is called.
+        """
+        return _ZeroGradient.apply(states, self(1))
 
     def weight_gradient(self, rows: Tensor) -> Tensor:
         """The gradient of the weight from one of ``[heads, 2 * length - 1]`` biases."""

@@ -82,6 +82,27 @@ def gather_gradient(states: Tensor, table: BiasTable, bias: SharedBias) -> Tenso
     return _Gather.apply(states, table.weight, table, bias)
 
 
+class _HandOn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, rows: Tensor, leaf: Tensor) -> Tensor:
+        ctx.leaf = leaf
+        return states.view_as(states)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.leaf.grad is None:
+            raise RuntimeError("The backward of the layers that add a position bias left no gradient for it.")
+        return gradient, ctx.leaf.grad, None
+
+
+def hand_on_gradient(states: Tensor, rows: Tensor, leaf: Tensor) -> Tensor:
+    """The input of the first layer that adds ``leaf``, unchanged; its backward gives ``leaf.grad`` to ``rows``.
+
+    The backward of the first layer's input runs after the attention of every layer has added its gradient to the leaf.
+    """
+    return _HandOn.apply(states, rows, leaf)
+
+
 def usable(states: Tensor, head_size: int) -> bool:
     """Whether layers with hidden states like these can share a bias: on CUDA in cuDNN's kernels, on a CPU in torch."""
     if not states.is_cuda:

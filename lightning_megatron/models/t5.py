@@ -135,6 +135,9 @@ class T5Chunk(VocabularyLoss):
         first = get_transformer_layer_offset(core_config, stage.vp_stage, context.groups.pp.rank())
         last = first + get_num_layers_to_build(core_config, stage.vp_stage, context.groups.pp.rank())
         encoder, decoder = config.num_layers, config.decoder_layers
+        # Modules are registered in the order in which a forward reads them, which is the order in which megatron-core
+        # gathers their weights beside it (`overlap_param_gather`).
+        self.encoder_position_bias = self._position_bias(context, bidirectional=True, seed=1)
         self.encoder = T5Stack(
             core_config,
             context,
@@ -144,6 +147,7 @@ class T5Chunk(VocabularyLoss):
             offset=0,
             fused=fused,
         )
+        self.decoder_position_bias = self._position_bias(context, bidirectional=False, seed=2)
         self.decoder = T5Stack(
             core_config,
             context,
@@ -156,8 +160,6 @@ class T5Chunk(VocabularyLoss):
         if config.initializer_factor is not None and context.perform_initialization:
             for layer in (*self.encoder.layers, *self.decoder.layers):
                 scale_layer(layer, config)
-        self.encoder_position_bias = self._position_bias(context, bidirectional=True, seed=1)
-        self.decoder_position_bias = self._position_bias(context, bidirectional=False, seed=2)
         if self.post_process:
             torch.manual_seed(layer_seed(context.seed, 0) + 3)
             self.output_layer = tensor_parallel.ColumnParallelLinear(
@@ -228,7 +230,11 @@ class T5Chunk(VocabularyLoss):
             if len(self.encoder.layers):
                 encoder, bias = self._bias(self.encoder_position_bias, encoder, lengths[0])
                 encoder = self._run(self.encoder, encoder, encoder_attn_mask, bias)
-            if len(self.decoder.layers):
+            elif self.encoder_position_bias is not None:
+                decoder = self.encoder_position_bias.without_layers(decoder)
+            if not len(self.decoder.layers) and self.decoder_position_bias is not None:
+                decoder = self.decoder_position_bias.without_layers(decoder)
+            elif len(self.decoder.layers):
                 decoder, bias = self._bias(self.decoder_position_bias, decoder, lengths[1])
                 decoder = self._run(
                     self.decoder,
@@ -250,7 +256,13 @@ class T5Chunk(VocabularyLoss):
             return states, None
         drops = self.training and self.config.attention_dropout > 0.0
         if not self._shares_biases or drops or not shared_bias.usable(states, self.model_config.head_size):
-            return states, table(length)
+            rows = table(length)
+            if self.config.recompute_granularity != "selective" or not rows.requires_grad:
+                return states, rows
+            # megatron-core's checkpoint of attention captures the bias, so each layer would run backward through the
+            # table. They add to the gradient of a leaf instead, which the first layer's input hands on.
+            leaf = rows.detach().requires_grad_()
+            return shared_bias.hand_on_gradient(states, rows, leaf), leaf
         bias = table.shared(length, states.dtype)
         return shared_bias.gather_gradient(states, table, bias), bias
 

@@ -125,6 +125,46 @@ def test_experts_in_parallel(ranks: RankPool) -> None:
                 assert run[2][name] == pytest.approx(reference[2][name], abs=1e-5)
 
 
+def fused_layers(**changes: Any) -> lm.GPTModule:
+    module = make(**changes)
+    module.fused = True
+    return module
+
+
+@pytest.mark.parametrize(
+    ("config", "layouts"),
+    [
+        (EXPERTS | {"num_layers": 4}, [(2, {"pp": 2, "mbs": 2}), (4, {"pp": 2, "ep": 2, "mbs": 2})]),
+        ({"num_query_groups": 1}, [(4, {"tp": 2, "pp": 2, "vpp": 2, "sp": True, "mbs": 1})]),
+        pytest.param(
+            EXPERTS
+            | {
+                "num_layers": 4,
+                "recompute_granularity": "full",
+                "recompute_method": "uniform",
+                "recompute_num_layers": 1,
+            },
+            [(2, {"pp": 2, "mbs": 2}), (4, {"tp": 2, "sp": True, "pp": 2, "mbs": 2})],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"num_query_groups": 1, "recompute_granularity": "selective"},
+            [(4, {"tp": 2, "pp": 2})],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["experts", "mqa", "experts recomputed", "mqa recomputed"],
+)
+def test_layers_that_cannot_be_fused_run_in_a_pipeline(
+    ranks: RankPool, config: dict[str, Any], layouts: list[tuple[int, dict[str, Any]]]
+) -> None:
+    """With ``fused=True``, the default on CUDA. A stage frees what it has sent, which must not be a view."""
+    (reference,) = ranks.run(fit, 1, partial(make, **config), tokens(), {"mbs": 2})
+    for world, layout in layouts:
+        for run in ranks.run(fit, world, partial(fused_layers, **config), tokens(), layout):
+            assert_same(run, reference)
+
+
 def test_experts_with_biases(ranks: RankPool) -> None:
     build, batch = partial(make, **(EXPERTS | {"add_bias_linear": True})), tokens()
     (reference,) = ranks.run(fit, 1, build, batch, {"mbs": 2})

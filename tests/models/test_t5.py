@@ -160,6 +160,27 @@ def test_recompute_changes_nothing(ranks: RankPool, build: Callable[..., T5Modul
         assert_same(run, reference)
 
 
+OVERLAPPED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+
+
+def test_recomputed_attention_hands_its_gradient_to_the_table(ranks: RankPool) -> None:
+    """megatron-core's checkpoint of attention captures the bias that all layers share."""
+    selective = partial(make, recompute_granularity="selective")
+    (reference,) = ranks.run(fit, 1, make, batch(), {})
+    for world, layout in [(1, {}), (2, {"tp": 2, "sp": True}), (2, {"pp": 2, "vpp": 2})]:
+        for run in ranks.run(fit, world, selective, batch(), layout):
+            assert_same(run, reference)
+
+
+@pytest.mark.parametrize("build", [make, make_fused])
+def test_overlapped_collectives_change_nothing(ranks: RankPool, build: Callable[..., T5Module]) -> None:
+    """Of two stages one has no layer that reads the decoder's table, the other none that reads the encoder's."""
+    (reference,) = ranks.run(fit, 1, make, batch(), {})
+    for layout in ({"pp": 2}, {"pp": 2, "vpp": 2}):
+        for run in ranks.run(fit, 4, build, batch(), layout | OVERLAPPED):
+            assert_same(run, reference)
+
+
 def test_padding_does_not_count(ranks: RankPool) -> None:
     """Other tokens under the padding mask, or behind labels that do not count, give the same loss."""
     changed = batch()

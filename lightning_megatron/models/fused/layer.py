@@ -23,7 +23,7 @@ from lightning_megatron.models.fused.cross import AttentionOutputAndQuery, KeyVa
 from lightning_megatron.models.fused.float8 import LayerCall, LayerFloat8
 from lightning_megatron.models.fused.float8_blocks import Float8AttentionInput, Float8AttentionOutputAndMLP
 from lightning_megatron.models.fused.graph import LayerGraph
-from lightning_megatron.models.fused.linear import TensorParallel, UnfusedBackward, before_forward
+from lightning_megatron.models.fused.linear import TensorParallel, before_forward, gradients_come_by_autograd
 from lightning_megatron.models.fused.types import Activation, ActivationName, Norm
 from lightning_megatron.precision import Float8
 
@@ -206,7 +206,7 @@ class FusedTransformerLayer(TransformerLayer):
                 **others,
             )
             if torch.is_grad_enabled() and out.requires_grad:
-                out = UnfusedBackward.apply(out, list(self.parameters()))
+                gradients_come_by_autograd(out, list(self.parameters()))
             return out, context
         inputs = (hidden_states.contiguous(),) if context is None else (hidden_states.contiguous(), context)
         read = _Others(attention_mask, rotary_pos_emb, attention_bias, context_mask)

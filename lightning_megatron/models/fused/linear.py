@@ -156,17 +156,15 @@ def before_forward(modules: list[Module]) -> None:
             hook(module, ())
 
 
-class UnfusedBackward(torch.autograd.Function):
-    """Identity on the output of a layer that ran unfused; tells DDP that its gradients come by autograd this time."""
+def gradients_come_by_autograd(out: Tensor, parameters: list[Parameter]) -> None:
+    """Tell DDP, when the backward of ``out`` begins, that it gets these parameters' gradients by autograd this time.
 
-    @staticmethod
-    def forward(ctx, x: Tensor, parameters: list[Parameter]) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.parameters = parameters
-        return x.view_as(x)
+    A hook, since ``out`` may be what a pipeline stage sends: megatron-core frees its memory, so it must be no view.
+    """
 
-    @staticmethod
-    def backward(ctx, dx: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
-        for parameter in ctx.parameters:
+    def tell(_: Tensor) -> None:
+        for parameter in parameters:
             if hasattr(parameter, "grad_added_to_main_grad"):
                 parameter.grad_added_to_main_grad = False
-        return dx, None
+
+    out.register_hook(tell)
