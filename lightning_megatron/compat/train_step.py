@@ -145,9 +145,10 @@ class T5TrainStep(AbstractTrainStep):
     def get_batch_func(self, accelerator: Any = None, megatron_dataset_flag: bool = False) -> Callable[..., Any]:
         def get_batch(microbatches: Microbatches) -> tuple[Any, ...]:
             batch = _next(microbatches)
-            hidden = (batch["encoder_mask"] == 0)[:, None, None, :]
+            masks = [batch.get(name) for name in ("encoder_mask", "decoder_mask")]
+            encoder, decoder = (None if mask is None else (mask == 0)[:, None, None, :] for mask in masks)
             tokens = batch["encoder_tokens"], batch["decoder_tokens"]
-            return (*tokens, batch["loss_mask"], batch["labels"], hidden, None, hidden)
+            return (*tokens, batch["loss_mask"], batch["labels"], encoder, decoder, encoder)
 
         return get_batch
 

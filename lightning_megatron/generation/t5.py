@@ -15,9 +15,6 @@ from lightning_megatron.generation.layers import DecodingLayer, DistanceBias, KV
 from lightning_megatron.generation.protocol import Step
 from lightning_megatron.models.config import T5Config
 
-START_TOKEN = 0
-"""What the decoder reads first: T5's padding token, as in training."""
-
 
 class T5Decoder:
     """The :class:`~lightning_megatron.generation.Decoder` of a ``T5Module``.
@@ -33,13 +30,14 @@ class T5Decoder:
         self.vocab_size = config.vocab_size
         self.max_positions = config.max_position_embeddings
         self.is_encoder_decoder = True
+        self._start = config.decoder_start_token_id
         self.dtype, self.device = weight.dtype, weight.device
         self._chunks = [_Chunk(chunk, config, groups.tp) for chunk in chunks]
         self._caches: list[KVCache] = []
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
         """The start token for each prompt."""
-        return [(START_TOKEN,) for _ in prompts]
+        return [(self._start,) for _ in prompts]
 
     def cache_bytes(self, rows: int, slots: int) -> int:
         """Keys and values of this rank's layers of the decoder, without those of what the encoder gives."""

@@ -51,7 +51,15 @@ def config(theirs: Mapping[str, Any], *, tied: bool) -> T5Config:
         relative_attention_max_distance=theirs["relative_attention_max_distance"],
         share_embeddings_and_output_weights=tied,
         scale_decoder_output=bool(theirs.get("scale_decoder_outputs")) and theirs["model_type"] == "t5",
+        decoder_start_token_id=_token(theirs, "decoder_start_token_id"),
+        pad_token_id=_token(theirs, "pad_token_id"),
     )
+
+
+def _token(theirs: Mapping[str, Any], name: str) -> int:
+    """A special token, which files from before the field leave at 0, as transformers does."""
+    number = theirs.get(name)
+    return 0 if number is None else int(number)
 
 
 def fields(config: T5Config) -> dict[str, Any]:
@@ -93,7 +101,8 @@ def fields(config: T5Config) -> dict[str, Any]:
         # transformers before version 5 takes both from the first, version 5 ties unless the files differ.
         "tie_word_embeddings": config.share_embeddings_and_output_weights,
         "scale_decoder_outputs": config.scale_decoder_output,
-        "decoder_start_token_id": 0,
+        "decoder_start_token_id": config.decoder_start_token_id,
+        "pad_token_id": config.pad_token_id,
     }
 
 

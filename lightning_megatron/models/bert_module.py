@@ -151,6 +151,11 @@ class BertModule(LanguageModelModule):
                 f"'padding_mask', but has the keys {sorted(batch)}."
             )
         self.check_tokens("input_ids" if "input_ids" in batch else "text", tokens)
+        positions = batch.get("position_ids")
+        if positions is not None and not bool((positions == torch.arange(tokens.size(1))).all()):
+            raise DataError(
+                "A BERT numbers the tokens of a batch from 0, but 'position_ids' say otherwise. Leave position_ids out."
+            )
         mask = batch.get("attention_mask", batch.get("padding_mask"))
         types = batch.get("token_type_ids", batch.get("types"))
         prepared = {

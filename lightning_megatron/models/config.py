@@ -178,6 +178,12 @@ class GPTConfig(TransformerModelConfig):
     moe_z_loss_coeff: float | None = None
     """Weight of the router's z-loss (arXiv:2202.08906), logged as ``z_loss``."""
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
+    moe_router_pre_softmax: bool | None = None
+    """Weigh experts by a softmax over all of them, before the choice, instead of over the chosen; ``None`` does so with
+    ``moe_router_topk=1`` (arXiv:2101.03961), where a softmax over one expert would be 1 and train no router."""
+    moe_expert_capacity_factor: float | None = None
+    """Each expert takes at most this times ``tokens * moe_router_topk / num_moe_experts`` of the tokens that a rank
+    routes in a micro-batch, those with the highest weights, and passes the rest over; ``None`` drops nothing."""
 
     def __post_init__(self) -> None:
         super(GPTConfig, self).__post_init__()
@@ -196,6 +202,17 @@ class GPTConfig(TransformerModelConfig):
                     f"moe_router_topk={self.moe_router_topk} is not between 1 and "
                     f"num_moe_experts={self.num_moe_experts}."
                 )
+            self._check_router()
+
+    def _check_router(self) -> None:
+        if self.moe_router_topk == 1 and self.moe_router_pre_softmax is False:
+            raise ValueError(
+                "moe_router_pre_softmax=False with moe_router_topk=1 gives each token's only expert the weight 1, "
+                "whatever the router says. Leave moe_router_pre_softmax out, or choose 2 experts or more."
+            )
+        factor = self.moe_expert_capacity_factor
+        if factor is not None and not factor > 0.0:
+            raise ValueError(f"moe_expert_capacity_factor={factor!r} must be above 0, or None to drop no tokens.")
 
     @classmethod
     def gpt2(cls, size: Literal["small", "medium", "large", "xl"] = "small", **changes: Any) -> GPTConfig:
@@ -297,6 +314,10 @@ class T5Config(TransformerModelConfig):
     share_embeddings_and_output_weights: bool = True
     scale_decoder_output: bool = True
     """Scale the decoder's output by ``hidden_size ** -0.5`` before the vocabulary, as T5 v1.0 does."""
+    decoder_start_token_id: int = 0
+    """What the decoder reads first, in training (labels shifted right) and in generation."""
+    pad_token_id: int = 0
+    """What the decoder reads after a label that does not count, when labels are shifted right."""
 
     def __post_init__(self) -> None:
         super(T5Config, self).__post_init__()
@@ -312,6 +333,11 @@ class T5Config(TransformerModelConfig):
                 f"initializer_factor={self.initializer_factor!r} asks for T5's own. Leave one out: "
                 "initializer_factor=None uses init_method_std."
             )
+        for name in ("decoder_start_token_id", "pad_token_id"):
+            if not 0 <= getattr(self, name) < self.vocab_size:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is no token of a vocabulary of vocab_size={self.vocab_size}."
+                )
         if self.decoder_num_layers is not None and self.decoder_num_layers < 1:
             raise ValueError(f"decoder_num_layers={self.decoder_num_layers!r}, but must be at least 1, or None.")
         buckets, longest = self.relative_attention_num_buckets, self.relative_attention_max_distance

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_megatron.backends.core import GPTModel
 from lightning_megatron.backends.core import TransformerConfig as CoreConfig
 from lightning_megatron.models.config import GPTConfig
+from lightning_megatron.models.rotary import RotaryAtPositions
 from lightning_megatron.models.specs import gpt_block_spec
 from lightning_megatron.models.transformer_config import BuildContext, Stage, transformer_config
 from lightning_megatron.models.vocabulary import VocabularyLoss
@@ -27,6 +28,10 @@ def gpt_core_config(config: GPTConfig, context: BuildContext) -> CoreConfig:
             "moe_z_loss_coeff": config.moe_z_loss_coeff,
             "moe_ffn_hidden_size": config.moe_ffn_hidden_size or config.ffn_size,
             "moe_token_dispatcher_type": config.moe_token_dispatcher_type,
+            "moe_router_pre_softmax": config.moe_router_topk == 1
+            if config.moe_router_pre_softmax is None
+            else config.moe_router_pre_softmax,
+            "moe_expert_capacity_factor": config.moe_expert_capacity_factor,
         }
     return transformer_config(config, context, **experts)
 
@@ -59,10 +64,31 @@ class GPTChunk(VocabularyLoss, GPTModel):
             pg_collection=context.groups,
             vp_stage=stage.vp_stage,
         )
+        if config.position_embedding_type == "rope":
+            self.rotary_pos_emb = RotaryAtPositions(
+                config.head_size,
+                config.rotary_percent,
+                rotary_base=config.rotary_base,
+                rope_scaling=config.rope_scaling,
+                rope_scaling_factor=config.rope_scaling_factor,
+                seq_len_interpolation_factor=config.seq_len_interpolation_factor,
+                use_cpu_initialization=core_config.use_cpu_initialization,
+                cp_group=context.groups.cp,
+            )
         self.set_vocabulary(config, context, fused=fused)
 
-    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """As megatron-core's; with ``labels``, the loss of each token without ever holding all logits in float32."""
+    def forward(
+        self, *args: Any, labels: Tensor | None = None, rotary_positions: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """As megatron-core's; with ``labels``, the loss of each token without ever holding all logits in float32.
+
+        Args:
+            rotary_positions: ``[batch, sequence]`` of this context-parallel rank, for rotary embeddings of tokens that
+                do not stand one after the other.
+        """
         if labels is not None and self.fused_loss is not None:
             kwargs["output_processor"] = self.fused_loss
-        return super().forward(*args, labels=labels, **kwargs)
+        if rotary_positions is None:
+            return super().forward(*args, labels=labels, **kwargs)
+        with self.rotary_pos_emb.at(rotary_positions):
+            return super().forward(*args, labels=labels, **kwargs)

@@ -13,6 +13,7 @@ from lightning_megatron.models.config import GPTConfig
 from lightning_megatron.models.gpt import GPTChunk, gpt_core_config
 from lightning_megatron.models.language_module import LanguageModelModule, ReturnLogits
 from lightning_megatron.models.moe_metrics import ExpertMetrics
+from lightning_megatron.models.rotary import in_order
 from lightning_megatron.models.transformer_config import BuildContext
 from lightning_megatron.optim.config import OptimizerConfig
 from lightning_megatron.schedule import Batch, Loss
@@ -37,7 +38,8 @@ class GPTModule(LanguageModelModule):
     With any of them, ``document_ids`` number the documents of a sample, which attention then does not look beyond; or
     an ``attention_mask`` of ``[batch, sequence, sequence]`` or ``[batch, 1, sequence, sequence]``, ``True`` where a key
     is hidden, hides more than the future. Every layer needs these two, so with more than two pipeline stages they need
-    ``data_on_every_stage=True``.
+    ``data_on_every_stage=True``; so do ``position_ids`` of a model with rotary embeddings, unless they are the order of
+    the tokens of each document. Layers with such positions run unfused.
     """
 
     fused: bool | None = None
@@ -77,6 +79,7 @@ class GPTModule(LanguageModelModule):
             position_ids=microbatch["position_ids"],
             attention_mask=microbatch.get("attention_mask") if documents is None else documents,
             labels=microbatch["labels"],
+            rotary_positions=microbatch.get("rotary_positions"),
         )
 
     @override
@@ -119,7 +122,33 @@ class GPTModule(LanguageModelModule):
             "loss_mask": mask.masked_fill(ignored, 0.0),
             "position_ids": torch.arange(tokens.size(1)).expand_as(tokens) if position_ids is None else position_ids,
         }
-        return ready | self._boundaries(batch, prepared)
+        ready |= self._boundaries(batch, prepared)
+        return ready | self._positions(batch, ready)
+
+    def _positions(self, batch: Mapping[str, Any], ready: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Positions for every layer, if the batch gives some that are not the order of the tokens.
+
+        Raises:
+            DataError: every layer needs them but some stages get no data, or the model cannot tell positions apart.
+        """
+        kind = self.config.position_embedding_type
+        given = batch.get("position_ids")
+        if given is None or kind == "learned_absolute" or in_order(given, ready.get("document_ids")):
+            return {}
+        if kind != "rope":
+            raise DataError(
+                f"The position_ids of a batch are not the order of its tokens, but position_embedding_type={kind!r} "
+                "knows no other positions. Leave position_ids out, or tell documents apart by document_ids."
+            )
+        self._need_data_everywhere("position_ids")
+        return {"rotary_positions": given.long()}
+
+    def _need_data_everywhere(self, name: str) -> None:
+        if not self.data_on_every_stage and self.strategy.layout.pipeline_model_parallel_size > 2:
+            raise DataError(
+                f"{name!r} is needed by every layer, but middle pipeline stages get no data. Build the "
+                "module with data_on_every_stage=True."
+            )
 
     def _boundaries(self, batch: Mapping[str, Any], prepared: Mapping[str, Any]) -> dict[str, Tensor]:
         """What attention needs to know besides the order of tokens, if anything."""
@@ -131,11 +160,8 @@ class GPTModule(LanguageModelModule):
         elif mask is not None and mask.dim() > 2:
             mask = mask if mask.dim() == 4 else mask[:, None]
             found["attention_mask"] = mask if mask.dtype == torch.bool else mask > 0.5
-        if found and not self.data_on_every_stage and self.strategy.layout.pipeline_model_parallel_size > 2:
-            raise DataError(
-                f"{next(iter(found))!r} is needed by every layer, but middle pipeline stages get no data. Build the "
-                "module with data_on_every_stage=True."
-            )
+        if found:
+            self._need_data_everywhere(next(iter(found)))
         return found
 
     @staticmethod

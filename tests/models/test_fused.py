@@ -218,10 +218,13 @@ def test_kernels_in_triton_interpreter() -> None:
 
 def test_other_calls_take_megatron_cores_path_and_keep_their_gradients() -> None:
     """A parameter whose last gradient was handed over gets the next one, from the unfused path, by autograd."""
-    from lightning_megatron.models.fused.linear import UnfusedBackward
+    from lightning_megatron.models.fused.linear import gradients_come_by_autograd
 
     parameter = SimpleNamespace(grad_added_to_main_grad=True)
     x = torch.ones(2, requires_grad=True)
-    UnfusedBackward.apply(2 * x, [parameter]).sum().backward()
+    out = 2 * x
+    gradients_come_by_autograd(out, [parameter])
+    assert out._base is None
+    out.sum().backward()
     assert parameter.grad_added_to_main_grad is False
     assert torch.equal(x.grad, torch.full((2,), 2.0))  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -9,8 +10,8 @@ import pytest
 import torch
 
 import lightning_megatron as lm
-from tests.helpers import SEQUENCE, VOCAB, tiny_config
-from tests.models.runs import Batch, assert_same, evaluate, fit
+from tests.helpers import SEQUENCE, VOCAB, quiet_trainer, tiny_config
+from tests.models.runs import Batch, assert_same, evaluate, fit, strategy
 from tests.ranks import RankPool
 
 
@@ -125,6 +126,64 @@ def test_experts_in_parallel(ranks: RankPool) -> None:
                 assert run[2][name] == pytest.approx(reference[2][name], abs=1e-5)
 
 
+SWITCH = EXPERTS | {"moe_router_topk": 1, "add_bias_linear": False}
+
+
+def _routed(**changes: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a layer of experts makes of 24 tokens, and what its definition makes of them."""
+    module = make(**(SWITCH | changes))
+    quiet_trainer(strategy(), 1).predict(module, [])
+    layer = module.chunks[0].decoder.layers[0].mlp.train()
+    states = torch.randn(12, 2, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        output = layer(states)[0].view(24, 32)
+        tokens, config = states.view(24, 32), module.config
+        logits = tokens @ layer.router.weight.t()
+        weights, chosen = logits.softmax(-1).topk(config.moe_router_topk)
+        if config.moe_router_topk > 1 and not config.moe_router_pre_softmax:
+            weights = logits.topk(config.moe_router_topk).values.softmax(-1)
+        dense = torch.zeros(24, 4).scatter(1, chosen, weights)
+        if config.moe_expert_capacity_factor is not None:
+            most = math.ceil(24 * config.moe_router_topk / 4 * config.moe_expert_capacity_factor)
+            kept = torch.zeros_like(dense).scatter(0, dense.topk(most, dim=0).indices, 1.0)
+            dense = dense * kept
+        experts = torch.stack([expert(tokens)[0] for expert in layer.experts.local_experts], dim=1)
+        return output, (dense[..., None] * experts).sum(1)
+
+
+def test_experts_are_chosen_weighed_and_filled_by_definition(ranks: RankPool) -> None:
+    for changes in (
+        {},
+        {"moe_expert_capacity_factor": 0.5},
+        {"moe_router_topk": 2, "moe_router_pre_softmax": True},
+        {"moe_router_topk": 2, "moe_expert_capacity_factor": 0.75},
+    ):
+        ((output, expected),) = ranks.run(partial(_routed, **changes), 1)
+        torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+        if changes.get("moe_expert_capacity_factor") == 0.5:
+            assert (expected == 0).all(dim=1).any()  # a token that no expert had room for
+    build = partial(make, **SWITCH, moe_expert_capacity_factor=0.5)
+    (reference,) = ranks.run(fit, 1, build, tokens(), {"mbs": 2})
+    for run in ranks.run(fit, 2, build, tokens(), {"ep": 2, "mbs": 2}):
+        assert_same(run, reference)
+
+
+def test_positions_that_rotary_embeddings_do_not_need(ranks: RankPool) -> None:
+    """Positions that start anew in each document cost nothing; others run unfused, at every layout, to the same."""
+    ids = documents()
+    anew = torch.stack([torch.cat([torch.arange(n) for n in row.bincount()]) for row in ids])
+    model = {"position_embedding_type": "rope", "init_method_std": 0.2}
+    build = partial(fused_layers, data_on_every_stage=True, **model)
+    (plain,) = ranks.run(fit, 1, build, tokens(document_ids=ids), {})
+    assert ranks.run(fit, 1, build, tokens(document_ids=ids, position_ids=anew), {}) == [plain]
+    odd = tokens(document_ids=ids, position_ids=anew * 2)
+    (reference,) = ranks.run(fit, 1, partial(make, **model), odd, {})
+    assert abs(reference[0][0] - plain[0][0]) > 1e-4
+    for world, layout in ((1, {"mbs": 2}), (2, {"tp": 2, "sp": True}), (2, {"cp": 2}), (4, {"pp": 4})):
+        for run in ranks.run(fit, world, build, odd, layout):
+            assert_same(run, reference)
+
+
 def fused_layers(**changes: Any) -> lm.GPTModule:
     module = make(**changes)
     module.fused = True
@@ -179,6 +238,8 @@ def test_bad_input() -> None:
         ({"position_embedding_type": "alibbi"}, "Did you mean 'alibi'"),
         ({"rope_scaling": True}, "belong to position_embedding_type='rope'"),
         ({"num_moe_experts": 2, "moe_router_topk": 3}, "moe_router_topk=3"),
+        ({"num_moe_experts": 2, "moe_router_topk": 1, "moe_router_pre_softmax": False}, "the weight 1"),
+        ({"num_moe_experts": 2, "moe_expert_capacity_factor": 0.0}, "moe_expert_capacity_factor=0.0"),
     ):
         with pytest.raises(ValueError, match=words):
             tiny_config(**changes)
@@ -186,3 +247,6 @@ def test_bad_input() -> None:
         make().prepare_batch({"input_ids": torch.zeros(1, 17, dtype=torch.long)})
     with pytest.raises(lm.DataError, match="span 128 to 128, but vocab_size=128"):
         make().prepare_batch({"input_ids": torch.full((1, 4), VOCAB)})
+    alibi = make(position_embedding_type="alibi")
+    with pytest.raises(lm.DataError, match="knows no other positions"):
+        alibi.prepare_batch(tokens(position_ids=torch.arange(SEQUENCE).expand(4, -1) * 2))

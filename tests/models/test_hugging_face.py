@@ -78,6 +78,8 @@ def build(name: str) -> Case:
         )
         config = _no_dropout(llama.config(model.config.to_dict()))
         batch = {"input_ids": _tokens(12), "labels": _tokens(12)}
+        if name == "llama at positions":
+            batch["position_ids"] = torch.tensor([[0, 1, 2, 5, 6, 9, 9, 10, 20, 21, 22, 40], [*range(12)]])
         return Case(model, GPTModule, config, llama.table(config), llama.ignored(config), batch)
     if name.endswith("bert"):
         sizes = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
@@ -104,11 +106,16 @@ def build(name: str) -> Case:
         "d_ff": 48,
         "relative_attention_num_buckets": 8,
     }
-    sizes |= {"relative_attention_max_distance": 10, "vocab_size": VOCAB, "decoder_start_token_id": 0}
+    special = {"decoder_start_token_id": 5, "pad_token_id": 3} if name == "t5 padded on the left" else {}
+    sizes |= {"relative_attention_max_distance": 10, "vocab_size": VOCAB, "decoder_start_token_id": 0} | special
     if name == "mt5":
         model = hf.MT5ForConditionalGeneration(hf.MT5Config(**sizes))
     else:
-        more = {} if name == "t5" else {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+        more = (
+            {}
+            if name.startswith("t5") and name != "t5_v1_1"
+            else {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+        )
         model = hf.T5ForConditionalGeneration(hf.T5Config(**sizes, **more))
     if name == "t5_v1_1":  # published checkpoints have a head of their own, which this version of the class would tie
         model.lm_head.weight = torch.nn.Parameter(model.shared.weight.detach().clone())
@@ -117,6 +124,10 @@ def build(name: str) -> Case:
     labels = _tokens(8, seed=2)
     labels[0, 6:] = -100
     batch = {"input_ids": _tokens(12), "labels": labels, "attention_mask": mask}
+    if name == "t5 padded on the left":
+        labels[1, :3] = -100
+        batch["decoder_attention_mask"] = torch.ones(2, 8, dtype=torch.long)
+        batch["decoder_attention_mask"][1, :3] = 0
     return Case(model, T5Module, config, t5.table(config), t5.ignored(config), batch)
 
 
@@ -165,15 +176,18 @@ def theirs(case: Case) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     return output.loss.detach(), logits.detach(), gradients
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("megatron_bert", "mt5", "llama3", "t5_v1_1", "bert")]
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("megatron_bert", "mt5", "llama", "llama3", "t5", "t5_v1_1", "bert")
+]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "t5", *SLOW])
+@pytest.mark.parametrize("name", ["gpt2", "llama at positions", "t5 padded on the left", *SLOW])
 def test_equals_hugging_face(ranks: RankPool, name: str) -> None:
     case = build(name)
     loss, logits, gradients = theirs(case)
     weights = mapping.to_core(case.table, {k: v.detach() for k, v in case.model.state_dict().items()}, case.ignored)
-    real = case.batch.get("attention_mask") if name.endswith("bert") else None
+    real = case.batch.get("attention_mask" if name.endswith("bert") else "decoder_attention_mask")
     for tp, pp in ((1, 1), (2, 1), (1, 2), (2, 2)):
         layout = {"tp": tp, "pp": pp, "sp": tp > 1}
         runs = ranks.run(ours, tp * pp, case.module, case.config, weights, case.batch, layout)

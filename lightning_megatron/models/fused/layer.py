@@ -188,6 +188,7 @@ class FusedTransformerLayer(TransformerLayer):
             self._plan is not None
             and (context is None) == isinstance(self.cross_attention, IdentityOp)
             and not isinstance(rotary_pos_emb, tuple)
+            and (rotary_pos_emb is None or rotary_pos_emb.size(1) == 1)  # kernels share angles between samples
             and all(value is None for name, value in others.items() if name != "padding_mask")
         )
         if not fused:
