@@ -156,14 +156,33 @@ class MegatronModule(pl.LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        """Megatron's optimizer and schedule. Override to return another LR scheduler with the same optimizer."""
+        """Megatron's optimizer and schedule. Override to return another LR scheduler with the same optimizer.
+
+        Raises:
+            ModuleError: the schedule goes on for the length of the run, and nothing limits that in steps.
+        """
         from lightning_megatron.optim.optimizer import MegatronScheduler
 
-        optimizer = self.strategy.build_optimizer(self.optimizer_config)
         steps = self.trainer.estimated_stepping_batches
-        total = 0 if math.isinf(steps) else int(steps)
+        # Lightning says -1 where data without a length is not limited by max_steps.
+        total = None if math.isinf(steps) or steps < 0 else int(steps)
+        if total is None and self.optimizer_config.needs_total_steps:
+            raise ModuleError(self._unknown_length())
+        optimizer = self.strategy.build_optimizer(self.optimizer_config)
         scheduler = MegatronScheduler.build(optimizer, self.optimizer_config, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _unknown_length(self) -> str:
+        config, trainer = self.optimizer_config, self.trainer
+        decays = config.weight_decay_incr_style == "constant"
+        schedule = f"lr_decay_style={config.lr_decay_style!r}" if decays else "weight_decay_incr_style"
+        remedy = "lr_decay_steps=... in the OptimizerConfig, or " if decays else ""
+        return (
+            f"The schedule of {schedule} takes the length of the run, which is unknown: max_steps={trainer.max_steps}, "
+            f"max_epochs={trainer.max_epochs}, and {trainer.num_training_batches} batches an epoch. Set {remedy}"
+            "Trainer(max_steps=...); data without a length has one with Trainer(limit_train_batches=...) and "
+            "max_epochs. lr_decay_style='constant' needs none."
+        )
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -28,7 +28,7 @@ class OptimizerConfig:
     lr_warmup_steps: int = 0
     lr_warmup_init: float = 0.0
     lr_decay_steps: int | None = None
-    """Steps until ``min_lr``; ``None`` is the length of the training run."""
+    """Steps until ``min_lr``; ``None`` is the length of the training run, which must then be known before it begins."""
     lr_wsd_decay_steps: int | None = None
     """With ``"WSD"`` (warm-up, stable, decay; arXiv:2404.06395): the length of the last, decaying part."""
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
@@ -66,6 +66,12 @@ class OptimizerConfig:
                 f"weight_decay_incr_style={self.weight_decay_incr_style!r} needs start_weight_decay and "
                 "end_weight_decay."
             )
+
+    @property
+    def needs_total_steps(self) -> bool:
+        """Whether a schedule goes on for the length of the run, because no other is given."""
+        over_the_run = self.lr_decay_steps is None and self.lr_decay_style in ("linear", "cosine", "WSD")
+        return over_the_run or self.weight_decay_incr_style != "constant"
 
     def _choice(self, name: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, name)
