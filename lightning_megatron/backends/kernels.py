@@ -189,6 +189,27 @@ def _sgd(original: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
     return build
 
 
+def _distributed_with_sgd(original: Callable[..., None]) -> Callable[..., None]:
+    """``DistributedOptimizer``, which refuses SGD for megatron-core's own checkpoints: these need a function that fills
+    the optimizer's state, which it has for Adam alone. The package's checkpoints fill it by themselves."""
+
+    @functools.wraps(original)
+    def construct(
+        self: Any, optimizer: Any, config: Any, grad_scaler: Any, init_state_fn: Any, *args: Any, **options: Any
+    ) -> None:
+        if init_state_fn is None and isinstance(optimizer, torch.optim.SGD):
+            init_state_fn = _fill_sgd_state
+        original(self, optimizer, config, grad_scaler, init_state_fn, *args, **options)
+
+    return construct
+
+
+def _fill_sgd_state(optimizer: Optimizer, config: Any = None) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+
+
 # Every module that has imported a function by name holds a reference of its own.
 REPLACEMENTS = (
     *(
@@ -211,6 +232,9 @@ REPLACEMENTS = (
         "_copy_main_params_to_model_params",
         _copy_distributed,
         owner="DistributedOptimizer",
+    ),
+    Replacement(
+        "megatron.core.optimizer.distrib_optimizer", "__init__", _distributed_with_sgd, owner="DistributedOptimizer"
     ),
     # With this flag unset, `get_megatron_optimizer` builds `Adam(..., adam_w_mode=...)` instead of torch.optim.AdamW.
     Replacement("megatron.core.optimizer", "USING_PYTORCH_OPTIMIZER", lambda _: False),

@@ -8,6 +8,7 @@ that are read here.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -112,15 +113,28 @@ def _stepped(part: Any) -> Iterator[tuple[int, Tensor, Tensor, bool, int]]:
 
 
 _GROUP_IDENTITY = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
+_NOT_OF_A_RUN = {*_GROUP_IDENTITY, "params", "default_config"}
+_SCHEDULED = {"lr", "initial_lr", "max_lr", "min_lr", "betas", "momentum"}
+"""What torch's schedulers compute from its last value, or note in the groups."""
 
 
-def facts(optimizer: MegatronOptimizer) -> dict[str, Any]:
-    """Numbers that belong to no parameter: the rates of each parameter group, and the loss scale."""
-    found: dict[str, Any] = {"groups": {}}
+def group_values(optimizer: MegatronOptimizer) -> dict[str, dict[str, Any]]:
+    """The options of each parameter group (``lr``, ``betas``, ``weight_decay`` and so on), as plain Python values."""
+    found: dict[str, dict[str, Any]] = {}
+    for identity, group in _identified(optimizer):
+        values = {name: _plain(value) for name, value in group.items() if name not in _NOT_OF_A_RUN}
+        found[identity] = {name: value for name, value in values.items() if isinstance(value, (int, float, tuple))}
+    return found
+
+
+def facts(optimizer: MegatronOptimizer, configured: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Numbers that belong to no parameter: the options of each parameter group, and the loss scale.
+
+    Args:
+        configured: :func:`group_values` of the new optimizer.
+    """
+    found: dict[str, Any] = {"groups": group_values(optimizer), "configured": configured}
     for part in parts(optimizer):
-        for group in part.optimizer.param_groups:
-            numbers = {name: group[name] for name in ("lr", "initial_lr", "weight_decay") if name in group}
-            found["groups"][_identity(group)] = {name: float(value) for name, value in numbers.items()}
         scaler = getattr(part, "grad_scaler", None)
         if scaler is not None:
             found["loss_scale"] = {name: float(value) for name, value in scaler.state_dict().items()}
@@ -131,14 +145,20 @@ def facts(optimizer: MegatronOptimizer) -> dict[str, Any]:
 def restore_facts(optimizer: MegatronOptimizer, found: dict[str, Any]) -> None:
     """Take over what is not configuration of this run.
 
-    That is the dynamic loss scale, and learning rates that one of torch's schedulers computes from their last value (it
-    marks the groups with ``initial_lr``). Otherwise rates are those of this run's configuration and schedule.
+    That is the dynamic loss scale, and options of parameter groups that a scheduler or the user has changed during the
+    saved run. Where one of torch's schedulers is in charge (it marks the groups with ``initial_lr``), it is all that
+    the scheduler computes from its last value. Other options are those of this run's configuration.
     """
+    configured = found.get("configured")
+    for identity, group in _identified(optimizer):
+        saved = found.get("groups", {}).get(identity, {})
+        scheduled = _SCHEDULED if "initial_lr" in group and "initial_lr" in saved else set()
+        for name in saved.keys() & group.keys():
+            # A checkpoint from before the options were saved tells no more of them than the rate.
+            before = saved if configured is None and name != "lr" else (configured or {}).get(identity, {})
+            if saved[name] != before.get(name) or name in scheduled:
+                group[name] = saved[name]
     for part in parts(optimizer):
-        for group in part.optimizer.param_groups:
-            saved = found.get("groups", {}).get(_identity(group), {})
-            if "initial_lr" in group and "initial_lr" in saved:
-                group.update(lr=saved["lr"], initial_lr=saved["initial_lr"])
         scaler, scale = getattr(part, "grad_scaler", None), found.get("loss_scale", {})
         if scaler is not None and "growth_tracker" in scale and "growth_tracker" in scaler.state_dict():
             device = scaler.scale.device
@@ -151,6 +171,16 @@ def restore_facts(optimizer: MegatronOptimizer, found: dict[str, Any]) -> None:
             )
 
 
-def _identity(group: dict[str, Any]) -> str:
-    """Which group it is in any layout; their order depends on what a pipeline stage holds."""
-    return ",".join(f"{name}={group[name]}" for name in _GROUP_IDENTITY if name in group)
+def _identified(optimizer: MegatronOptimizer) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Parameter groups, and which each is in any layout: parts of an optimizer depend on what a rank holds, the order
+    of groups within a part does not."""
+    seen: Counter[str] = Counter()
+    for part in parts(optimizer):
+        for group in part.optimizer.param_groups:
+            identity = ",".join(f"{name}={group[name]}" for name in _GROUP_IDENTITY if name in group)
+            yield f"{identity}#{seen[identity]}" if seen[identity] else identity, group
+            seen[identity] += 1
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_megatron.backends import optimizer_state, rng
+from lightning_megatron.backends import rng
 from lightning_megatron.checkpoint.metadata import CheckpointMetadata, FileSum, versions
 from lightning_megatron.checkpoint.names import Mismatch, shapes
 from lightning_megatron.checkpoint.publish import partial_path, publish, recover, remove, sync_files
@@ -120,7 +120,7 @@ def snapshot(
         tokenizer: what the data says of its tokenizer, on rank 0.
     """
     shards = list(state.shards(team.rank))
-    facts = optimizer_state.facts(state.optimizer.core) if state.optimizer is not None else {}
+    facts = state.optimizer.facts() if state.optimizer is not None else {}
     reports = team.gather(([Outline.of(shard) for shard in shards], facts, state.steps()))
     outlines = [report[0] for report in reports]
     shares = share_out(outlines)
@@ -151,8 +151,7 @@ def _merge(reports: Sequence[tuple[dict[str, Any], dict[str, int]]]) -> dict[str
     facts: dict[str, Any] = {}
     steps: dict[str, int] = {}
     for part, counts in reports:
-        groups = facts.get("groups", {}) | part.get("groups", {})
-        facts |= part | {"groups": groups}
+        facts |= part | {name: facts.get(name, {}) | part.get(name, {}) for name in ("groups", "configured")}
         steps |= counts
     step = max(steps.values(), default=0)
     return facts | {"step": step, "steps": {name: count for name, count in steps.items() if count != step}}
@@ -199,7 +198,7 @@ def load(
     if with_optimizer and state.optimizer is not None:
         facts = lightning["optimizer_states"][0]
         state.restore_steps(facts["step"], facts["steps"])
-        optimizer_state.restore_facts(state.optimizer.core, facts)
+        state.optimizer.restore_facts(facts)
         if metadata.layout == layout.as_dict() and metadata.world_size == team.size:
             rng.restore(_random_states(files, team.rank))
     return lightning

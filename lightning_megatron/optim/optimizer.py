@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lightning_megatron.backends import optimizer_state
 from lightning_megatron.backends.core import (
     CoreOptimizerConfig,
     OptimizerParamScheduler,
@@ -15,8 +16,12 @@ from lightning_megatron.backends.core import (
 )
 from lightning_megatron.backends.cpu import cuda_type_names
 from lightning_megatron.backends.fused_adam import FusedAdam
+from lightning_megatron.errors import CheckpointError
 from lightning_megatron.optim.config import OptimizerConfig
 from lightning_megatron.precision import MegatronPrecision
+
+_ENDLESS = 2**62
+"""The length of a run that no schedule asks for."""
 
 
 class MegatronOptimizer(torch.optim.Optimizer):
@@ -29,7 +34,7 @@ class MegatronOptimizer(torch.optim.Optimizer):
     def __init__(self, core: Any) -> None:
         # Not Optimizer.__init__, which would take ownership of parameters and state: both are megatron-core's.
         self.core = core
-        self.defaults: dict[str, Any] = {}
+        self._configured = optimizer_state.group_values(core)
         self.grad_norm: torch.Tensor | float | None = None
         """Global norm of the last step's gradient before clipping; ``None`` if the step was skipped."""
         self.skipped = False
@@ -41,6 +46,12 @@ class MegatronOptimizer(torch.optim.Optimizer):
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         return self.core.param_groups
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The inner optimizer's options, by which schedulers of momentum tell ``betas`` from ``momentum``."""
+        inner = [part.optimizer for part in optimizer_state.parts(self.core)]
+        return inner[0].defaults if inner else {}
 
     @property
     def state(self) -> Any:  # type: ignore[override]
@@ -96,6 +107,14 @@ class MegatronOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing; see :meth:`state_dict`."""
 
+    def facts(self) -> dict[str, Any]:
+        """Numbers of this rank that a checkpoint keeps beside the sharded state; see :func:`optimizer_state.facts`."""
+        return optimizer_state.facts(self.core, self._configured)
+
+    def restore_facts(self, found: dict[str, Any]) -> None:
+        """Take over the numbers of a checkpoint; see :func:`optimizer_state.restore_facts`."""
+        optimizer_state.restore_facts(self.core, found)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Not possible: parameters live in megatron-core's buffers from the start.
 
@@ -117,8 +136,14 @@ class MegatronScheduler(torch.optim.lr_scheduler.LRScheduler):
         self.core = core
 
     @classmethod
-    def build(cls, optimizer: MegatronOptimizer, config: OptimizerConfig, total_steps: int) -> MegatronScheduler:
-        """The schedule of ``config`` for a run of ``total_steps`` optimizer steps."""
+    def build(cls, optimizer: MegatronOptimizer, config: OptimizerConfig, total_steps: int | None) -> MegatronScheduler:
+        """The schedule of ``config`` for a run of ``total_steps`` optimizer steps.
+
+        Args:
+            total_steps: ``None`` if unknown, which only a schedule without ``config.needs_total_steps`` can run with.
+        """
+        assert total_steps is not None or not config.needs_total_steps
+        total_steps = _ENDLESS if total_steps is None else total_steps
         decay_steps = config.lr_decay_steps or max(total_steps, config.lr_warmup_steps + 1, 1)
         constant = config.weight_decay
         return cls(
@@ -153,7 +178,17 @@ class MegatronScheduler(torch.optim.lr_scheduler.LRScheduler):
         return {"num_steps": self.core.num_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue at the saved step. The shape of the schedule is this run's, so a longer run decays longer."""
+        """Continue at the saved step. The shape of the schedule is this run's, so a longer run decays longer.
+
+        Raises:
+            CheckpointError: the state of another scheduler.
+        """
+        if "num_steps" not in state_dict:
+            raise CheckpointError(
+                f"The checkpoint holds the state of another LR scheduler ({', '.join(sorted(state_dict))}), which "
+                "Megatron's schedule cannot continue. Return the same kind of scheduler from configure_optimizers, or "
+                "start a new run from the weights alone (callbacks.InitialWeights)."
+            )
         self.core.num_steps = 0
         self.core.step(increment=state_dict["num_steps"])
 
@@ -196,4 +231,7 @@ def build_optimizer(
     )
     with cuda_type_names():
         core = get_megatron_optimizer(core_config, list(chunks), use_gloo_process_groups=False, pg_collection=groups)
+    for group in core.param_groups:
+        # megatron-core's scheduler alone applies this factor, which is 0 for biases and norms; there may be another.
+        group["weight_decay"] *= group["wd_mult"]
     return MegatronOptimizer(core)
