@@ -34,6 +34,7 @@ from lightning_megatron.checkpoint.publish import local_path
 from lightning_megatron.checkpoint.run_state import RunState
 from lightning_megatron.checkpoint.saver import CheckpointOptions, Saver
 from lightning_megatron.checkpoint.together import Team
+from lightning_megatron.current_weights import CurrentWeights
 from lightning_megatron.errors import LayoutError, ModuleError
 from lightning_megatron.gradients import Gradients, unwrap
 from lightning_megatron.layout import ParallelLayout
@@ -368,6 +369,8 @@ class MegatronStrategy(DDPStrategy):
         if training:
             self.setup_optimizers(trainer)
             self._connect_optimizer()
+            if self._ddp_options["overlap_param_gather"]:
+                CurrentWeights.join(trainer, self._gather_weights)
         self.setup_precision_plugin()
         assert self._replica is not None
         self._schedule = Schedule(
@@ -609,6 +612,10 @@ class MegatronStrategy(DDPStrategy):
         """For whoever reads or replaces weights: what a forward would have gathered lazily is gathered before."""
         with nullcontext() if self._gradients is None else self._gradients.gathered_weights():
             yield
+
+    def _gather_weights(self) -> None:
+        with self.gathered_weights():
+            pass
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

@@ -11,6 +11,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -101,6 +102,22 @@ def _leave() -> None:
     gc.collect()  # a Trainer and its modules refer to each other, and to the groups
     if any(group() is not None for group in groups):  # a script's own variable keeps its Trainer
         time.sleep(_LETTING_GO)
+
+
+def all_arrive(event: str, timeout: timedelta) -> bool:
+    """Whether all ranks say within ``timeout`` that they have come to ``event``, a name that no other call has.
+
+    Without a collective, in which a rank would go on waiting: torch's monitored barrier has a time-out on rank 0 alone
+    (torch 2.11). The store of the default group, of which torch has no public name, lets each rank stop waiting.
+    """
+    store = distributed_c10d._get_default_store()
+    keys = [f"lightning_megatron/{event}/{rank}" for rank in range(dist.get_world_size())]
+    store.set(keys[dist.get_rank()], "here")
+    try:
+        store.wait(keys, timeout)
+    except dist.DistError:
+        return False
+    return True
 
 
 def abort_all() -> None:

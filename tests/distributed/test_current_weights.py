@@ -1,0 +1,117 @@
+"""Weights that are read outside of a forward, where ``overlap_param_gather`` defers gathering them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+import lightning_megatron as lm
+from tests.helpers import Record, SharedLoader, quiet_trainer, tiny_config
+
+SHARDED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True}
+
+
+def make() -> lm.GPTModule:
+    return lm.GPTModule(tiny_config(num_layers=2), lm.OptimizerConfig(lr=1e-2, lr_decay_style="constant"))
+
+
+def total(module: pl.LightningModule) -> float:
+    """A number that any stale shard changes."""
+    return sum(float((p.detach().double() * torch.arange(p.numel()).view_as(p)).sum()) for p in module.parameters())
+
+
+class Reader(pl.Callback):
+    """Reads in every hook where a rank's weights could be old."""
+
+    def __init__(self, between_steps: bool) -> None:
+        self.between_steps, self.seen = between_steps, []  # type: ignore[var-annotated]
+
+    @property
+    def reads_weights(self) -> bool:
+        return self.between_steps
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        if self.between_steps:
+            self.seen.append(("batch", total(pl_module)))
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        self.seen.append(("validation", total(pl_module)))
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self.seen.append(("epoch", total(pl_module)))
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.seen.append(("end", total(pl_module)))
+
+
+class Fails(pl.Callback):
+    """Raises after the third step, on all ranks or one."""
+
+    reads_weights = False
+
+    def __init__(self, alone: bool) -> None:
+        self.alone = alone
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 3 and (not self.alone or trainer.global_rank == 1):
+            raise KeyError("stop")
+
+
+def fit(module: Any, overlap: bool, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
+    strategy = lm.MegatronStrategy(**SHARDED, overlap_param_gather=overlap)
+    settings: dict[str, Any] = {"max_steps": 4, "val_check_interval": 2, "limit_val_batches": 1}
+    settings |= {"num_sanity_val_steps": 1, "callbacks": list(callbacks), **options}
+    trainer = quiet_trainer(strategy, 2, **settings)
+    trainer.fit(module, SharedLoader(module), SharedLoader(module))
+    return trainer
+
+
+def reads(overlap: bool) -> dict[str, Any]:
+    """Everything that reads the weights of a fit."""
+    found: dict[str, Any] = {}
+    for between_steps in (False, True):
+        module, reader = make(), Reader(between_steps)
+        fit(module, overlap, reader)
+        found[f"hooks {between_steps}"] = reader.seen
+    found["state_dict"] = {
+        name: value.double().sum().item() for name, value in module.state_dict().items() if value is not None
+    }
+    other = quiet_trainer(lm.MegatronStrategy(), 2)
+    found["validated"] = other.validate(module, SharedLoader(module), verbose=False)
+    record = Record()
+    again = fit(module, False, record)
+    found["second fit"] = record.losses, total(module)
+    found["validated again"] = again.validate(module, SharedLoader(module), verbose=False)
+    module = make()
+    try:
+        fit(module, overlap, Fails(alone=False))
+    except KeyError:
+        found["after an exception"] = total(module)
+    module = make()
+    fit(module, overlap, precision="bf16-mixed", num_sanity_val_steps=0)
+    found["bf16"] = total(module)
+    return found
+
+
+def alone() -> str:
+    try:
+        fit(make(), True, Fails(alone=True))
+    except KeyError:
+        return "ended"
+    return "went on"
+
+
+def test_weights_are_the_last_ones_wherever_they_are_read(ranks: Any) -> None:
+    wanted = ranks.run(reads, 2, False)[0]
+    for found in ranks.run(reads, 2, True):
+        for name, value in wanted.items():
+            assert found[name] == value, name
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_alone_does_not_wait(ranks: Any) -> None:
+    results, errors = ranks.attempt(alone, 2, timeout=25.0)
+    assert results.get(1) == "ended", errors
