@@ -76,8 +76,6 @@ _HOMES = {
 _SUBPACKAGES = ("backends", "callbacks", "checkpoint", "compat", "data", "generation", "planner")
 __all__ = [*_HOMES, *_SUBPACKAGES]  # noqa: PLE0604  (all are strings)
 
-__all__ = [*_HOMES, *_SUBPACKAGES]
-
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
