@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lightning_megatron.backends import core
+from lightning_megatron.count_check import CountCheck
 from lightning_megatron.optim.optimizer import MegatronOptimizer
+from lightning_megatron.totals import MAIN_TERM, ROUTER_TERM
 
 
 class Gradients:
@@ -44,8 +47,10 @@ class Gradients:
         self._groups, self._config = groups, config
         self._optimizer: MegatronOptimizer | None = None
         self._are_looked_at: Callable[[], bool] = lambda: True
-        # Of the accumulation window's schedules so far, None before its first.
+        # Of the accumulation window's schedules so far, in fp64, None before its first.
         self._tokens: Tensor | None = None
+        self._term_weights: dict[str, Tensor] | None = None
+        self._check = CountCheck(groups.cp)
         self._more_to_accumulate = False
 
     def belong_to(self, chunks: list[Any]) -> bool:
@@ -62,6 +67,7 @@ class Gradients:
         self._optimizer, self._are_looked_at = optimizer, are_looked_at
         config = core.get_model_config(self.chunks[0])
         config.grad_scale_func = optimizer.core.scale_loss
+        config.moe_grad_scale_func = self._router_scale
         config.finalize_model_grads_func = self._finalize
         config.no_sync_func = None
         if self._config.overlap_grad_reduce:
@@ -70,12 +76,32 @@ class Gradients:
             config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
     @contextmanager
-    def step(self) -> Iterator[None]:
-        """Around the schedule of one batch, which adds to the buffers and, as the last of its window, ends them."""
+    def step(self, counts: Callable[[], Mapping[str, Tensor] | None]) -> Iterator[Mapping[str, Tensor] | None]:
+        """Around the schedule of one batch, which adds to the buffers and, as the last of its window, ends them.
+
+        Args:
+            counts: called at the beginning of a window for the counts of each term of the loss over all of the window's
+                batches on this replica, shape ``[]``; ``None`` for a loss of one term, which :meth:`count_tokens`
+                counts while the backward goes on.
+
+        Yields:
+            What to multiply each term by before the backward.
+        """
         if self._tokens is None:
+            device = next(self.chunks[0].parameters()).device
             self._zero()
+            self._tokens = torch.zeros((), dtype=torch.float64, device=device)
+            told = counts()
+            self._term_weights = self._weights(told)
+            self._check.begin(told)
         with self._without_reduction() if self._more_to_accumulate else nullcontext():
-            yield
+            yield self._term_weights
+
+    def count_tokens(self, counts: Mapping[str, Tensor]) -> None:
+        """Add the counts of a micro-batch's terms, on the last pipeline stage: numbers in fp64, shape ``[]``."""
+        assert self._tokens is not None
+        self._tokens = self._tokens + counts[MAIN_TERM]
+        self._check.add(counts)
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -131,31 +157,52 @@ class Gradients:
             config.no_sync_func = no_sync
 
     def _finalize(self, chunks: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
-        """Reduce gradients and divide them by the tokens of the whole accumulation window, at its end."""
-        if num_tokens is not None:
-            num_tokens = num_tokens if self._tokens is None else num_tokens + self._tokens
+        """Reduce gradients and divide them by the tokens of the whole accumulation window, at its end.
+
+        megatron-core's own count of tokens is not used: it holds whole numbers, and divides by 1 at least.
+        """
         if self._more_to_accumulate:
-            self._tokens = num_tokens
             return
-        self._tokens = None
-        if num_tokens is None or self._are_looked_at():
-            core.finalize_model_grads(chunks, num_tokens, **kwargs)
-            return
+        tokens, self._tokens = self._tokens, None
         core.finalize_model_grads(chunks, None, **kwargs)
-        scale = 1.0 / self._over_all_ranks(num_tokens).clamp(min=1)
+        if self._term_weights is not None:
+            self._check.end()
+            return  # each term has been divided by its own count before the backward
         assert self._optimizer is not None
-        if not self._optimizer.scale_gradients(scale):
+        assert tokens is not None
+        scale = _inverse(self._over_all_ranks(tokens, self._groups.dp_cp))
+        if self._are_looked_at() or not self._optimizer.scale_gradients(scale):
             for chunk in chunks:
                 chunk.scale_gradients(scale)
 
-    def _over_all_ranks(self, num_tokens: Tensor) -> Tensor:
-        """Tokens of all replicas, on every rank, from those that the last pipeline stage has counted."""
-        pp, dp_cp = self._groups.pp, self._groups.dp_cp
+    def _router_scale(self) -> Tensor:
+        """What the auxiliary losses of routers, each times the tokens that it is a mean over, are multiplied by."""
+        assert self._optimizer is not None
+        scale = self._optimizer.core.scale_loss(torch.ones(1, device=next(self.chunks[0].parameters()).device))
+        weight = (self._term_weights or {}).get(ROUTER_TERM)
+        return scale if weight is None else scale * weight
+
+    def _weights(self, counts: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+        if counts is None:
+            return None
+        names = sorted(counts)
+        # Batches are not yet cut for context parallelism, so each of its ranks has counted all tokens of its replica.
+        total = self._over_all_ranks(torch.stack([counts[name].double() for name in names]), self._groups.dp)
+        return dict(zip(names, _inverse(total).unbind(), strict=True))
+
+    def _over_all_ranks(self, counts: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """Sums over ``group`` on every rank, of what the last pipeline stage has counted."""
+        pp = self._groups.pp
         if pp.size() > 1:
-            dist.broadcast(num_tokens, group_src=pp.size() - 1, group=pp)
-        if dp_cp.size() > 1:
-            dist.all_reduce(num_tokens, group=dp_cp)
-        return num_tokens
+            dist.broadcast(counts, group_src=pp.size() - 1, group=pp)
+        if group.size() > 1:
+            dist.all_reduce(counts, group=group)
+        return counts
+
+
+def _inverse(counts: Tensor) -> Tensor:
+    """1 / count in fp32, and 0 where nothing counts."""
+    return torch.where(counts != 0, 1.0 / torch.where(counts != 0, counts, 1.0), 0.0).float()
 
 
 def unwrap(chunk: Any) -> Any:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_megatron.errors import DataError, ModuleError
+from lightning_megatron.evaluation import LOSS, EvaluationMeans, num_loaders
 from lightning_megatron.optim.config import OptimizerConfig
 from lightning_megatron.progress import LateScalar
 from lightning_megatron.schedule import Batch, Loss, StepResult
@@ -58,6 +59,8 @@ class MegatronModule(pl.LightningModule):
         self.generation_config: GenerationConfig | None = None
         """What :meth:`predict_step` generates with."""
         self._shown_loss = LateScalar()
+        self.evaluation_means = EvaluationMeans()
+        """What :meth:`validation_step` and :meth:`test_step` add up."""
         self._predicting: Engine | None = None
         self._predicted_prompts = 0
 
@@ -78,6 +81,19 @@ class MegatronModule(pl.LightningModule):
     @abstractmethod
     def loss(self, output: Tensor, microbatch: dict[str, Any]) -> Loss:
         """The loss of one micro-batch, from the output of the last stage."""
+
+    def loss_counts(self, batch: Batch) -> Mapping[str, Tensor | float] | None:
+        """Counts of each term of the loss in a whole batch of this replica, known before its backward.
+
+        ``None``, the default, is right for a loss of one term: the sum of its gradients is divided by
+        ``Loss.num_tokens`` once the last batch of an accumulation window is done. A loss with ``extra_terms`` must
+        override it and return what :meth:`loss` will count in all micro-batches together: ``num_tokens``, and the
+        count of each extra term under its name.
+
+        Args:
+            batch: as :meth:`prepare_batch` made it, not yet cut for context parallelism.
+        """
+        return None
 
     def prepare_batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Complete a batch where it is read, before it goes to the other ranks of its replica. Tensors are on the CPU.
@@ -195,25 +211,33 @@ class MegatronModule(pl.LightningModule):
         return result.loss
 
     @override
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        return self._evaluate("val", batch)
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        return self._evaluate("val", batch, dataloader_idx)
 
     @override
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        return self._evaluate("test", batch)
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        return self._evaluate("test", batch, dataloader_idx)
 
-    def _evaluate(self, name: str, batch: Batch) -> Tensor:
+    def _evaluate(self, name: str, batch: Batch, dataloader_idx: int) -> Any:
+        """The loss of a batch of this replica. No rank waits for another replica before the epoch ends, so replicas may
+        have different numbers of batches."""
         result = self.strategy.run_schedule(batch, forward_only=True)
-        # Weighted by tokens, so that the epoch's loss is the mean over all of them. Each step's result is the same on
-        # every rank already; sync_dist only tells Lightning so.
-        tokens = max(int(result.num_tokens), 1)
-        self.log(f"{name}_loss", result.loss, prog_bar=True, on_epoch=True, sync_dist=True, batch_size=tokens)
-        self._log_metrics(f"{name}_", result)
+        for logged, mean in self.evaluation_means.add(dataloader_idx, result.totals).items():
+            # With several data loaders, the progress bar takes a value before the replicas are reduced.
+            shown = logged == LOSS and num_loaders(self.trainer) == 1
+            self.log(f"{name}_{logged}", mean, prog_bar=shown, metric_attribute="evaluation_means")
         return result.loss
 
     def _log_metrics(self, prefix: str, result: StepResult) -> None:
         if result.metrics:
             self.log_dict({prefix + name: value for name, value in result.metrics.items()}, batch_size=1)
+
+    @override
+    def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
+        """As Lightning's, but ``group=None`` is one rank of each replica, ``[data_parallel_size, ...]``, since the
+        other ranks of a replica work on the same samples. For all ranks, pass ``torch.distributed.group.WORLD``."""
+        replicas = self.strategy.build_context.groups.dp
+        return super().all_gather(data, replicas if group is None else group, sync_grads)
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from lightning_megatron.errors import DataError
 from lightning_megatron.layout import ParallelLayout
+from lightning_megatron.read_ahead import ReadAhead
 
 _STOP, _SAME, _NEW, _ERROR = range(4)
 _Schema = list[tuple[str, tuple[int, ...], torch.dtype]]
@@ -90,6 +91,8 @@ class ReplicaDataLoader:
         self._resumed = 0
         self._to_drop = 0
         self._exhausted = False
+        self.ahead = ReadAhead(iter(()))
+        """The iteration under way."""
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -144,6 +147,10 @@ class ReplicaDataLoader:
     # ---------------------------------------------------------------- iteration
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        self.ahead = ReadAhead(self._iterate())
+        return self.ahead
+
+    def _iterate(self) -> Iterator[dict[str, Any]]:
         self._batches, self._resumed = self._resumed, 0
         drop, self._to_drop = self._to_drop, 0
         self._exhausted = False

@@ -12,11 +12,11 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 
 from lightning_megatron.backends.core import ProcessGroupCollection, get_forward_backward_func
-from lightning_megatron.errors import DataError
+from lightning_megatron.errors import DataError, ModuleError
 from lightning_megatron.layout import ParallelLayout
+from lightning_megatron.totals import MAIN_TERM, METRIC, TERM, Totals, TotalsReducer, on_device
 
 Batch = Mapping[str, Any]
 
@@ -26,24 +26,43 @@ class Loss:
     """What a module's ``loss`` returns for one micro-batch, on the last pipeline stage.
 
     The step's loss is the sum of ``sum`` over micro-batches, context- and data-parallel ranks, divided by the sum of
-    ``num_tokens``; so it does not depend on how a batch was cut.
+    ``num_tokens``; so it does not depend on how a batch was cut. A loss of several means adds ``extra_terms``, each of
+    which is divided by a count of its own in the same way, over all micro-batches of an accumulation window.
     """
 
     sum: torch.Tensor
     """Scalar, with gradient: the *sum* (not the mean) over this micro-batch's tokens or samples."""
-    num_tokens: torch.Tensor | int
-    """How many of them, a whole number."""
+    num_tokens: torch.Tensor | float
+    """How many of them, or the sum of their weights: any real number. A micro-batch may have none."""
     metrics: Mapping[str, torch.Tensor | tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     """Scalars to log: a pair ``(sum, weight)`` is averaged by weight, a single value over micro-batches."""
+    extra_terms: Mapping[str, tuple[torch.Tensor, torch.Tensor | float]] = field(default_factory=dict)
+    """More terms of the loss by name: ``(sum, count)``, the sum with gradient. One backward runs through all terms, so
+    their counts must be known before it, which :meth:`~lightning_megatron.MegatronModule.loss_counts` tells."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a schedule gives back, the same on every rank of the world."""
+    """What a schedule gives back: of a training step the same on every rank of the world, of an evaluation step the
+    same on every rank of the replica that ran it."""
 
-    loss: torch.Tensor
-    num_tokens: torch.Tensor
-    metrics: dict[str, torch.Tensor]
+    totals: Totals
+    """Sums and weights of the terms of the loss, and of metrics."""
+
+    @property
+    def loss(self) -> torch.Tensor:
+        """The loss, in fp32; 0 if the batch has no loss tokens."""
+        return self.totals.loss()
+
+    @property
+    def num_tokens(self) -> torch.Tensor:
+        """The sum of ``Loss.num_tokens``."""
+        return self.totals.weight(MAIN_TERM)
+
+    @property
+    def metrics(self) -> dict[str, torch.Tensor]:
+        """Means of ``Loss.metrics``."""
+        return self.totals.metrics()
 
 
 class ScheduledModule(Protocol):
@@ -136,6 +155,7 @@ class Schedule:
         groups: process groups.
         micro_batch_size: samples per micro-batch; ``None`` is the whole batch without a pipeline, and 1 with one.
         has_data: whether this stage gets the batch's tensors; other stages see ``None`` for each.
+        count_tokens: called with the count of each term of each micro-batch of a training step, in fp64.
     """
 
     def __init__(
@@ -148,24 +168,40 @@ class Schedule:
         micro_batch_size: int | None,
         has_data: bool,
         device: torch.device,
+        count_tokens: Callable[[Mapping[str, torch.Tensor]], None] | None = None,
     ) -> None:
         self._module = module
         self._chunks = list(chunks)
         self._layout = layout
         self._micro_batch_size = micro_batch_size
         self._has_data = has_data
-        self._reducer = _LossReducer(layout, groups, device)
+        self._device = device
+        self._is_last = groups.pp.rank() == groups.pp.size() - 1
+        self._over_replicas = TotalsReducer(groups.dp_cp, groups.pp, device)
+        self._in_replica = TotalsReducer(groups.cp, groups.pp, device)
+        self._count_tokens = count_tokens
+        self._term_weights: Mapping[str, torch.Tensor] | None = None
+        # What megatron-core adds up: its counter takes whole numbers alone.
+        self._no_tokens = torch.zeros((), dtype=torch.int, device=device)
         self._run = get_forward_backward_func(
             layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size
         )
 
-    def __call__(self, batch: Batch, *, forward_only: bool) -> StepResult:
+    def __call__(
+        self, batch: Batch, *, forward_only: bool, term_weights: Mapping[str, torch.Tensor] | None = None
+    ) -> StepResult:
         """Forward, and unless ``forward_only`` backward, of every micro-batch.
+
+        Args:
+            term_weights: what each term of the loss is multiplied by before the backward; ``None`` runs the backward
+                of ``Loss.sum`` as it is, for a loss of one term.
 
         Raises:
             DataError: a batch that cannot be cut.
             LayoutError: a sequence that cannot be split.
+            ModuleError: a loss whose terms are not those of ``term_weights``.
         """
+        self._term_weights, self._training = term_weights, not forward_only
         samples = batch_size(batch)
         stages = self._layout.pipeline_model_parallel_size
         sequence = self._module.pipeline_sequence_length(batch)
@@ -189,7 +225,8 @@ class Schedule:
                 micro_batch_size=samples // count,
                 forward_only=forward_only,
             )
-            return self._reducer(records)
+            totals = Totals.of(records, self._device) if self._is_last else None
+            return StepResult((self._in_replica if forward_only else self._over_replicas)(totals))
 
     def _forward_step(
         self, microbatches: Iterator[dict[str, Any]], chunk: torch.nn.Module
@@ -201,63 +238,25 @@ class Schedule:
         self, microbatch: dict[str, Any], output: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
         loss = self._module.loss(output, microbatch)
-        num_tokens = _on_device(loss.num_tokens, loss.sum.device)
-        # The schedule scales the sum in place for fp16, so what is recorded is a copy.
-        record = {"loss": (loss.sum.detach().clone(), num_tokens), **loss.metrics}
-        return loss.sum, num_tokens.to(torch.int), record
+        terms = {MAIN_TERM: (loss.sum, loss.num_tokens), **loss.extra_terms}
+        record: dict[str, Any] = {METRIC + name: value for name, value in loss.metrics.items()}
+        for name, (total, count) in terms.items():
+            # The schedule scales the sum in place for fp16, so what is recorded is a copy.
+            record[TERM + name] = total.detach().clone(), on_device(count, self._device).detach()
+        if self._training and self._count_tokens is not None:
+            self._count_tokens({name: record[TERM + name][1].double().reshape(()) for name in terms})
+        return self._to_backward(terms), self._no_tokens, record
 
-
-def _on_device(number: torch.Tensor | float, device: torch.device) -> torch.Tensor:
-    """A number as a tensor. A fill, since a copy from the host would wait for all that the device has still to do."""
-    return number.to(device) if torch.is_tensor(number) else torch.full((), number, device=device)
-
-
-class _LossReducer:
-    """Sums losses over micro-batches, context and data parallel ranks, then tells every pipeline stage."""
-
-    def __init__(self, layout: ParallelLayout, groups: ProcessGroupCollection, device: torch.device) -> None:
-        self._stages = layout.pipeline_model_parallel_size
-        self._groups = groups
-        self._device = device
-        self._names: tuple[str, ...] = ()
-
-    def __call__(self, records: Sequence[Mapping[str, Any]]) -> StepResult:
-        """``records`` hold one entry per micro-batch on the last stage, and are empty elsewhere."""
-        names = tuple(records[0])[1:] if records else ()
-        totals = self._local_totals(records, ("loss", *names)) if records else None
-        if totals is not None:
-            dist.all_reduce(totals, group=self._groups.dp_cp)
-        if self._stages > 1:
-            totals, names = self._from_last_stage(totals, names)
-        assert totals is not None
-        sums, weights = totals.unbind(dim=1)
-        loss, *metrics = torch.where(weights > 0, sums / weights.clamp(min=1e-12), sums).float().unbind()
-        return StepResult(loss, weights[0], dict(zip(names, metrics, strict=True)))
-
-    def _local_totals(self, records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> torch.Tensor:
-        """Sums and weights over micro-batches, ``[len(names), 2]``, in fp64 so that their order hardly matters."""
-        rows = []
-        for name in names:
-            pairs = [record[name] if isinstance(record[name], tuple) else (record[name], 1.0) for record in records]
-            for column in zip(*pairs, strict=True):
-                numbers = [_on_device(n, self._device).detach().double().reshape(()) for n in column]
-                rows.append(torch.stack(numbers).sum())
-        return torch.stack(rows).view(-1, 2)
-
-    def _from_last_stage(
-        self, totals: torch.Tensor | None, names: tuple[str, ...]
-    ) -> tuple[torch.Tensor, tuple[str, ...]]:
-        """Broadcast along the pipeline. The metrics' names go along once, and again when they change."""
-        group, last = self._groups.pp, self._stages - 1
-        new_names = totals is not None and names != self._names
-        header = torch.tensor([len(names) + 1, new_names], dtype=torch.int64, device=self._device)
-        dist.broadcast(header, group_src=last, group=group)
-        rows, new_names = header.tolist()
-        if new_names:
-            announced = [names]
-            dist.broadcast_object_list(announced, group_src=last, group=group, device=self._device)
-            self._names = announced[0]
-        if totals is None:
-            totals = torch.empty(rows, 2, dtype=torch.float64, device=self._device)
-        dist.broadcast(totals, group_src=last, group=group)
-        return totals, self._names
+    def _to_backward(self, terms: Mapping[str, tuple[torch.Tensor, Any]]) -> torch.Tensor:
+        if not self._training or (self._term_weights is None and len(terms) == 1):
+            return terms[MAIN_TERM][0]
+        weights = self._term_weights or {}
+        missing = sorted(terms.keys() - weights.keys())
+        if missing:
+            raise ModuleError(
+                f"{type(self._module).__name__}.loss returned the terms {sorted(terms)}, but loss_counts counts "
+                f"{sorted(weights)}. Override loss_counts to count {missing} of a batch too: each term is divided by "
+                "its count over the whole accumulation window, which must be known before the first backward."
+            )
+        weighted = [total.reshape(()) * weights[name].to(total.dtype) for name, (total, _) in terms.items()]
+        return torch.stack(weighted).sum()

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from multiprocessing.util import get_temp_dir
 from pathlib import Path
 from typing import Any, override
@@ -36,6 +37,7 @@ from lightning_megatron.checkpoint.saver import CheckpointOptions, Saver
 from lightning_megatron.checkpoint.together import Team
 from lightning_megatron.current_weights import CurrentWeights
 from lightning_megatron.errors import LayoutError, ModuleError
+from lightning_megatron.evaluation import ReduceAtEpochEnd, sync_over_replicas
 from lightning_megatron.gradients import Gradients, unwrap
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.liveness import PeerWatch
@@ -46,8 +48,10 @@ from lightning_megatron.module import MegatronModule
 from lightning_megatron.optim.config import OptimizerConfig
 from lightning_megatron.optim.optimizer import MegatronOptimizer, build_optimizer
 from lightning_megatron.precision import MegatronPrecision
+from lightning_megatron.read_ahead import batches_to_come
 from lightning_megatron.replica import ReplicaDataLoader, ReplicaGroups
 from lightning_megatron.schedule import Batch, Schedule, StepResult
+from lightning_megatron.totals import on_device
 
 DEFAULT_SEED = 1234
 
@@ -286,6 +290,8 @@ class MegatronStrategy(DDPStrategy):
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
+        for loader in CombinedLoader(self.lightning_module.trainer.train_dataloader).flattened:  # type: ignore[union-attr]
+            loader.ahead.use()
         if self._signals is not None:
             self._signals.before_batch()
 
@@ -364,6 +370,9 @@ class MegatronStrategy(DDPStrategy):
         self.model_to_device()
         if self.precision_plugin.policy.float8 is not None:
             check_float8(self.lightning_module.chunks)
+        if not any(isinstance(callback, ReduceAtEpochEnd) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            trainer.callbacks.insert(0, ReduceAtEpochEnd())  # type: ignore[attr-defined]
+        sync_over_replicas(self.lightning_module)
         training = trainer.state.fn == TrainerFn.FITTING
         self._chunks = self._wrap(list(self.lightning_module.chunks), training)
         if training:
@@ -381,6 +390,7 @@ class MegatronStrategy(DDPStrategy):
             micro_batch_size=self.micro_batch_size,
             has_data=self._replica.has_data,
             device=self.root_device,
+            count_tokens=self._gradients.count_tokens if training and self._gradients is not None else None,
         )
 
     def _wrap(self, chunks: list[Any], training: bool) -> list[Any]:
@@ -447,8 +457,63 @@ class MegatronStrategy(DDPStrategy):
         if forward_only:
             return self._schedule(batch, forward_only=True)
         assert self._gradients is not None
-        with self._gradients.step():
-            return self._schedule(batch, forward_only=False)
+        with self._gradients.step(partial(self._loss_counts, batch)) as term_weights:
+            return self._schedule(batch, forward_only=False, term_weights=term_weights)
+
+    def _loss_counts(self, batch: Batch) -> dict[str, Tensor] | None:
+        """Counts of each term of the loss over the batches of this replica in the window that ``batch`` begins."""
+        module = self.lightning_module
+        assert isinstance(module, MegatronModule)
+        counts = module.loss_counts(batch)
+        if counts is None:
+            return None
+        total = {name: on_device(count, self.root_device).detach().double() for name, count in counts.items()}
+        to_come = batches_to_come(module.trainer)
+        for coming in self._training_loader().ahead.next_batches(to_come) if to_come else ():
+            for name, count in (module.loss_counts(coming) or {}).items():
+                total[name] = total[name] + float(count)
+        return total
+
+    def _training_loader(self) -> ReplicaDataLoader:
+        loaders = CombinedLoader(self.lightning_module.trainer.train_dataloader).flattened  # type: ignore[union-attr]
+        if len(loaders) != 1:
+            raise ModuleError(
+                f"A loss of several terms under accumulate_grad_batches needs one training data loader, of which it "
+                f"counts batches ahead, but there are {len(loaders)}. Combine the data sets, or set "
+                "accumulate_grad_batches=1 and a larger batch with micro_batch_size."
+            )
+        return loaders[0]
+
+    @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Reduce over the replicas of the model, unless ``group`` says otherwise.
+
+        The other ranks of a replica work on the same samples, and would count them again.
+
+        Returns:
+            The reduced tensor, the same on every rank of the world. A mean of whole numbers is in fp64.
+        """
+        group = self._replicas if group is None else group
+        if torch.is_tensor(tensor) and reduce_op in ("mean", "avg") and not tensor.is_floating_point():
+            tensor = tensor.double()  # Lightning would round the mean of counts
+        return super().reduce(tensor, group, reduce_op)
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """Gather from the replicas of the model, ``[data_parallel_size, ...]``, unless ``group`` says otherwise."""
+        return super().all_gather(tensor, self._replicas if group is None else group, sync_grads)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Decide over all ranks of the world, any of which may have a reason of its own."""
+        number = torch.tensor(int(decision), device=self.root_device)
+        agreed = int(self.reduce(number, dist.group.WORLD, "sum"))
+        return agreed == self.world_size if all else bool(agreed)
+
+    @property
+    def _replicas(self) -> dist.ProcessGroup | None:
+        """Ranks that hold the same part of the model; the world before there are any."""
+        return None if self._context is None else self._context.groups.dp
 
     def _gradients_are_looked_at(self) -> bool:
         """Whether anyone may read gradients before the optimizer does, which can divide them while it reads them.

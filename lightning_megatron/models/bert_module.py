@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, override
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,8 +16,10 @@ from lightning_megatron.models.language_module import LanguageModelModule, Retur
 from lightning_megatron.models.transformer_config import BuildContext, transformer_config
 from lightning_megatron.optim.config import OptimizerConfig
 from lightning_megatron.schedule import Batch, Loss
+from lightning_megatron.totals import MAIN_TERM
 
 _IGNORED = -100
+_SENTENCE_ORDER = "sentence_order"
 
 
 def _masked_positions(counts: Tensor) -> Tensor | None:
@@ -87,20 +88,28 @@ class BertModule(LanguageModelModule):
 
     @override
     def loss(self, output: Any, microbatch: dict[str, Any]) -> Loss:
-        """Per sample, so that the sum of both heads' means is a mean over samples."""
+        """The losses of masked tokens and of the binary head, each with its own count; in fine-tuning of the labels."""
         if self.config.num_labels is not None:
             return self.finetuning_loss(output, microbatch["labels"])
         losses, binary = output
-        samples = losses.size(0)
-        masked = (losses.float() * microbatch["loss_mask"]).sum()
-        metrics: dict[str, Any] = {"lm_loss": (masked.detach(), microbatch["loss_mask"].sum())}
-        total = masked * microbatch["samples_per_token"][0]
-        if binary is not None:
-            order = microbatch["sentence_order"]
-            sentence = F.cross_entropy(binary.float(), order, ignore_index=_IGNORED, reduction="sum")
-            metrics["sop_loss"] = (sentence.detach(), (order != _IGNORED).sum())
-            total = total + sentence * microbatch["samples_per_order"][0]
-        return Loss(total, samples, metrics)
+        masked, num_masked = (losses.float() * microbatch["loss_mask"]).sum(), microbatch["loss_mask"].sum()
+        metrics: dict[str, Any] = {"lm_loss": (masked.detach(), num_masked)}
+        if binary is None:
+            return Loss(masked, num_masked, metrics)
+        order = microbatch["sentence_order"]
+        sentence = F.cross_entropy(binary.float(), order, ignore_index=_IGNORED, reduction="sum")
+        num_sentences = (order != _IGNORED).sum()
+        metrics["sop_loss"] = (sentence.detach(), num_sentences)
+        return Loss(masked, num_masked, metrics, {_SENTENCE_ORDER: (sentence, num_sentences)})
+
+    @override
+    def loss_counts(self, batch: Batch) -> Mapping[str, Tensor | float] | None:
+        if self.config.num_labels is not None or not self.config.add_binary_head:
+            return None
+        return {
+            MAIN_TERM: batch["loss_mask"].sum(),
+            _SENTENCE_ORDER: (batch["sentence_order"] != _IGNORED).sum(),
+        }
 
     def finetuning_loss(self, logits: Tensor, labels: Tensor) -> Loss:
         """Mean squared error, cross entropy, or binary cross entropy, as the labels ask.
@@ -117,21 +126,6 @@ class BertModule(LanguageModelModule):
             return Loss(F.cross_entropy(logits, labels, ignore_index=_IGNORED, reduction="sum"), counted)
         each = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
         return Loss(each.mean(dim=1).sum(), count)
-
-    @override
-    def local_batch(self, batch: Batch) -> Batch:
-        """Weigh the two heads' losses by the masked tokens and the samples of the whole global batch."""
-        if self.config.num_labels is not None:
-            return batch
-        mask, order = batch["loss_mask"], batch["sentence_order"]
-        counts = torch.stack([mask.new_full((), mask.size(0)), mask.sum(), (order != _IGNORED).sum().to(mask)])
-        dist.all_reduce(counts, group=self.strategy.build_context.groups.dp_cp)
-        samples, tokens, orders = counts.unbind()
-        return {
-            **batch,
-            "samples_per_token": (samples / tokens.clamp(min=1)).expand(mask.size(0)),
-            "samples_per_order": (samples / orders.clamp(min=1)).expand(mask.size(0)),
-        }
 
     @override
     def pipeline_sequence_length(self, batch: Mapping[str, Any]) -> int:

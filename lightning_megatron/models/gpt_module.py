@@ -17,6 +17,7 @@ from lightning_megatron.models.rotary import in_order
 from lightning_megatron.models.transformer_config import BuildContext
 from lightning_megatron.optim.config import OptimizerConfig
 from lightning_megatron.schedule import Batch, Loss
+from lightning_megatron.totals import MAIN_TERM, ROUTER_TERM
 
 if TYPE_CHECKING:
     from lightning_megatron.generation import Decoder
@@ -95,6 +96,13 @@ class GPTModule(LanguageModelModule):
         """The sum of the losses of all tokens that count."""
         mask = microbatch["loss_mask"]
         return Loss((output.float() * mask).sum(), mask.sum())
+
+    @override
+    def loss_counts(self, batch: Batch) -> Mapping[str, Tensor | float] | None:
+        """With experts, the tokens that count, and all tokens: those that routers' auxiliary losses are means over."""
+        if self.config.num_moe_experts is None:
+            return None
+        return {MAIN_TERM: batch["loss_mask"].sum(), ROUTER_TERM: batch["tokens"].numel()}
 
     @override
     def pipeline_sequence_length(self, batch: Mapping[str, Any]) -> int:

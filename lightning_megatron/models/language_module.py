@@ -196,11 +196,11 @@ class LanguageModelModule(MegatronModule):
         return {"loss": result.loss, "logits": self._spread(logits)}
 
     @override
-    def _evaluate(self, name: str, batch: Batch) -> Any:
+    def _evaluate(self, name: str, batch: Batch, dataloader_idx: int) -> Any:
         if not self.return_logits:
-            return super()._evaluate(name, batch)
+            return super()._evaluate(name, batch, dataloader_idx)
         with self._logits() as logits:
-            loss = super()._evaluate(name, batch)
+            loss = super()._evaluate(name, batch, dataloader_idx)
         return {"loss": loss, "logits": self._spread(logits)}
 
     @contextmanager
