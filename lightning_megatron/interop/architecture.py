@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -46,6 +47,17 @@ class Architecture:
     """Names and transforms of a model of our configuration."""
     class_name: Callable[[Any], str]
     """The class of transformers that has all the tensors of our configuration."""
+    classes: tuple[str, ...]
+    """Classes of transformers whose directories can be read."""
+    reads: tuple[str, ...]
+    """Fields of ``config.json`` that :attr:`read` computes with or checks."""
+    only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Fields with the only values that the architecture computes here."""
+    ties: tuple[tuple[str, str], ...] = ()
+    """``(copy, original)``: tensors that are one if the configuration says ``tie_word_embeddings`` and the files do not
+    hold two different ones, as transformers decides it."""
+    arrange: Callable[[dict[str, Any], bool], None] = lambda tensors, tied: None
+    """Changes the tensors by name, once copies are gone, to those of the table; given ``tie_word_embeddings``."""
     prefix: str = ""
     """Of the names of all but the heads, which directories saved without heads leave out."""
     heads: tuple[str, ...] = ()
@@ -58,7 +70,11 @@ class Architecture:
     """Parts of names that old versions of transformers wrote otherwise."""
 
     def canonical(self, names: Iterable[str]) -> dict[str, str]:
-        """The names of this version of transformers, each with the name in the files."""
+        """The names of this version of transformers, each with the name in the files.
+
+        Raises:
+            CheckpointError: two names in the files are one in this version.
+        """
         found: dict[str, str] = {}
         for name in names:
             new = name
@@ -66,12 +82,41 @@ class Architecture:
                 new = new.replace(old, current)
             if self.prefix and not new.startswith(self.prefix) and not _any(new, self.heads):
                 new = self.prefix + new
+            if new in found:
+                raise CheckpointError(f"{found[new]} and {name} are both {new}. Keep one of them.")
             found[new] = name
         return found
 
     def ignores(self, config: TransformerModelConfig, name: str) -> bool:
         """Whether a tensor of this canonical name is not needed."""
         return _any(name, self.ignored(config))
+
+
+def without_copies(architecture: Architecture, tied: bool, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors by name, with each tied tensor once and by the original's name.
+
+    Args:
+        tied: ``tie_word_embeddings`` of the configuration.
+        tensors: of the files; two that are tied are compared, a block of rows at a time.
+    """
+    found = dict(tensors)
+    for copy, original in architecture.ties if tied else ():
+        if copy in found and original not in found:
+            found[original] = found.pop(copy)
+        elif copy in found and same_values(found[copy], found[original]):
+            del found[copy]
+    architecture.arrange(found, tied)
+    return found
+
+
+def same_values(one: Any, other: Any, block: int = 2**22) -> bool:
+    """Whether two stored tensors are equal, reading at most ``block`` elements of each at a time."""
+    if one.shape != other.shape or one.dtype != other.dtype or not one.shape:
+        return False
+    rest = tuple(slice(0, size) for size in one.shape[1:])
+    rows = max(1, block // max(1, math.prod(one.shape[1:])))
+    places = ((slice(start, min(start + rows, one.shape[0])), *rest) for start in range(0, one.shape[0], rows))
+    return all(bool((one[place] == other[place]).all()) for place in places)
 
 
 def _any(name: str, patterns: Iterable[str]) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning_megatron.interop import megatron_bert
 from lightning_megatron.interop.architecture import need
+from lightning_megatron.interop.config_fields import rate
 from lightning_megatron.interop.mapping import Table, rule
 from lightning_megatron.interop.megatron_bert import KINDS
 from lightning_megatron.models.config import BertConfig
@@ -22,9 +23,8 @@ def config(theirs: Mapping[str, Any], names: Collection[str] | None = None) -> B
     Raises:
         ValueError: a choice that this model does not have.
     """
-    dropout = theirs.get("classifier_dropout")
-    if dropout is None:
-        dropout = theirs["hidden_dropout_prob"]
+    own = theirs.get("classifier_dropout") is not None
+    dropout = rate(theirs, "classifier_dropout" if own else "hidden_dropout_prob")
     return megatron_bert.config(theirs, names, post_layernorm=True, classifier_dropout=dropout)
 
 
@@ -64,5 +64,7 @@ ARCHITECTURE = replace(
     write=fields,
     table=table,
     class_name=lambda config: f"Bert{megatron_bert.class_name(config)}",
+    classes=tuple(f"Bert{kind}" for kind in megatron_bert.CLASSES),
+    reads=(*megatron_bert.READS, "classifier_dropout"),
     renamed={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},
 )

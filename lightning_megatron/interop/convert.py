@@ -19,6 +19,7 @@ from lightning_megatron.interop import legacy
 from lightning_megatron.interop.core_model import VOCABULARY, CoreModel, CoreSpec, Identity
 from lightning_megatron.interop.hugging_face import CONFIG_FILE, HuggingFaceDirectory, HuggingFaceWriter, SaveOptions
 from lightning_megatron.interop.megatron_args import CONFIGS, to_args
+from lightning_megatron.interop.shapes import check_specs
 from lightning_megatron.interop.sharded_checkpoint import ShardedCheckpoint, Target, write_megatron, write_ours
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.models.config import T5Config, TransformerModelConfig
@@ -87,11 +88,15 @@ def convert(job: Conversion) -> CoreModel:
     """Convert, and return the source, which is only read. The target appears when it is whole.
 
     Raises:
-        CheckpointError: a source that is incomplete, damaged, unsafe or of an unsupported model; or a target that
-            exists, or that cannot hold the model.
+        CheckpointError: a source that is incomplete, damaged, unsafe, of an unsupported model, or whose tensors are not
+            those of its configuration; or a target that exists, or that cannot hold the model.
         LayoutError: a target layout that the model cannot be split over.
     """
-    source = _Prepared(open_source(job), job)
+    opened = open_source(job)
+    if not isinstance(opened, HuggingFaceDirectory):  # whose shapes are checked when it is opened
+        told_by = OUR_FILE if isinstance(opened, ShardedCheckpoint) and opened.ours else "the arguments of Megatron-LM"
+        check_specs(opened.identity.config, opened.specs, job.load_path, told_by)
+    source = _Prepared(opened, job)
     _check_target(job, source.identity.config)
     if job.to == "huggingface":
         options = SaveOptions(job.max_shard_size, job.model_type, job.params_dtype, job.tokenizer)

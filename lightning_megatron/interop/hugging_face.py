@@ -16,7 +16,13 @@ from torch import Tensor
 
 from lightning_megatron.checkpoint.publish import partial_path, publish, remove
 from lightning_megatron.errors import CheckpointError
-from lightning_megatron.interop.architecture import Architecture, architecture, architecture_for
+from lightning_megatron.interop.architecture import (
+    Architecture,
+    architecture,
+    architecture_for,
+    without_copies,
+)
+from lightning_megatron.interop.config_fields import check_class, check_fields, check_sizes, contradiction, structure
 from lightning_megatron.interop.core_model import VOCABULARY, CoreSpec, Identity
 from lightning_megatron.interop.mapping import Entry, check_names, entries
 from lightning_megatron.interop.safetensors_files import (
@@ -26,11 +32,14 @@ from lightning_megatron.interop.safetensors_files import (
     open_directory,
     parse_size,
 )
+from lightning_megatron.interop.shapes import check_stored, core_shape
 from lightning_megatron.interop.sharding import pieces
+from lightning_megatron.json_files import read_object
 from lightning_megatron.lora import is_adapter
 from lightning_megatron.models.config import TransformerModelConfig
 
 CONFIG_FILE = "config.json"
+_LAYERS = ("n_layer", "num_hidden_layers", "num_layers", "num_decoder_layers")
 GENERATION_FILE = "generation_config.json"
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
@@ -59,8 +68,8 @@ class HuggingFaceDirectory:
             changes: fields of our configuration to set otherwise.
 
         Raises:
-            CheckpointError: no directory of Hugging Face, an unsupported architecture or choice, or shards that are
-                missing, cut short, or do not have the tensors of the architecture.
+            CheckpointError: no directory of Hugging Face, an unsupported architecture or choice, a field that is not
+                known, or shards that are missing, cut short, or do not have the configuration's tensors and shapes.
         """
         path = Path(path)
         theirs = _read_config(path)
@@ -68,13 +77,36 @@ class HuggingFaceDirectory:
         stored = open_directory(path)
         tensors = {name: stored[old] for name, old in found.canonical(stored).items()}
         try:
-            config = found.read(_with_defaults(theirs), tensors).replace(**changes)
-        except (ValueError, TypeError, KeyError) as error:
-            raise CheckpointError(f"{path / CONFIG_FILE} cannot be a model here: {error}") from error
+            check_class(theirs, found.classes)
+            check_fields(theirs, found.reads, found.only)
+            check_sizes(theirs, len(tensors), _LAYERS)
+            full = _with_defaults(theirs)
+            tensors = without_copies(found, bool(full.get("tie_word_embeddings")), tensors)
+            config = found.read(full, tensors).replace(**changes)
+            check_sizes({"num_layers": config.pipeline_layers}, len(tensors), _LAYERS)
+        except CheckpointError:
+            raise
+        except Exception as error:  # transformers raises many kinds of its own for values of another type
+            raise contradiction(path / CONFIG_FILE, theirs, error) from error
         opened = cls(path, found, theirs, config, tensors)
         ignored = [name for name in tensors if found.ignores(config, name)]
-        check_names(found.table(config), tensors, ignored, where=path)
+        try:
+            check_names(found.table(config), tensors, ignored, where=path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} {CONFIG_FILE} says {structure(theirs)}.") from None
+        opened._check_shapes()
         return opened
+
+    def _check_shapes(self) -> None:
+        made = []
+        for entry in self._entries.values():
+            rows = [self.tensors[name].shape[:1] for name in entry.theirs]
+            if entry.core in VOCABULARY and all(rows):
+                entry.transform.core_rows([row[0] for row in rows])  # names vocab_size
+            shape = core_shape(self.config, entry.core)
+            if shape is not None:
+                made.append((entry.theirs, entry.transform.shapes(shape)))
+        check_stored(made, self.tensors, self.path)
 
     @property
     def identity(self) -> Identity:
@@ -145,14 +177,13 @@ def _read_config(path: Path) -> dict[str, Any]:
             "writes it. Names on the hub are not fetched: download first."
         )
     try:
-        theirs = json.loads((path / CONFIG_FILE).read_text())
-        if not isinstance(theirs, dict):
-            raise ValueError("it holds no fields")
-        return theirs
+        return read_object(path / CONFIG_FILE)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} has no {CONFIG_FILE}, so it is no directory of Hugging Face.") from error
     except ValueError as error:
-        raise CheckpointError(f"{path / CONFIG_FILE} is no JSON of a configuration: {error}.") from error
+        raise CheckpointError(
+            f"{path / CONFIG_FILE} is no JSON of a configuration: {error}. Fetch it again."
+        ) from error
 
 
 def _with_defaults(theirs: Mapping[str, Any]) -> dict[str, Any]:
@@ -300,5 +331,10 @@ def _fields(identity: Identity, chosen: Architecture) -> dict[str, Any]:
         before = chosen.write(
             chosen.read(full, [name for e in entries(chosen.table(identity.config)) for name in e[1]])
         )
-        fields = origin | {name: value for name, value in fields.items() if before[name] != value}
+        changed = {name: value for name, value in fields.items() if before[name] != value}
+        if origin.get("tie_word_embeddings") and not fields.get("tie_word_embeddings", True):
+            # It held two different tensors. A T5 takes its scale from the same field, unless the other is there.
+            told = ("tie_word_embeddings", "scale_decoder_outputs")
+            changed |= {name: fields[name] for name in told if name in fields}
+        fields = origin | changed
     return {**fields, "model_type": chosen.model_type, "architectures": [chosen.class_name(identity.config)]}

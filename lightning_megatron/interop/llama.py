@@ -2,36 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from lightning_megatron.interop.architecture import Architecture, need
+from lightning_megatron.interop.config_fields import LABELS, number, rate, size
 from lightning_megatron.interop.mapping import QKV, PaddedVocabulary, Stacked, Table, rule
 from lightning_megatron.models.config import GPTConfig
 
 _LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
-def ignored(config: GPTConfig) -> tuple[str, ...]:
-    """Names that hold nothing of their own."""
-    return ("lm_head.weight",) if config.share_embeddings_and_output_weights else ()
+_ROPE_FIELDS = {"default": (), "linear": ("factor",), "llama3": ("factor", *_LLAMA_3)}
+READS = (
+    *("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("intermediate_size", "vocab_size", "max_position_embeddings", "rms_norm_eps", "initializer_range"),
+    *("attention_dropout", "hidden_act", "rope_parameters", "rope_scaling", "rope_theta", "tie_word_embeddings"),
+    # No class that is read has a classifier or computes with these.
+    *LABELS,
+    *("pretraining_tp", "is_decoder"),
+)
+"""Fields that Llama, Mistral and Qwen2 share."""
 
 
-def config(theirs: Mapping[str, Any]) -> GPTConfig:
+def config(theirs: Mapping[str, Any], *, tied: bool | None = None) -> GPTConfig:
     """Our configuration from a ``LlamaConfig``'s fields.
+
+    Args:
+        tied: whether the output layer is the token embedding; ``None`` is what ``tie_word_embeddings`` says.
 
     Raises:
         ValueError: a choice that this model does not have.
     """
     if theirs.get("mlp_bias") or theirs.get("attention_bias"):
         raise ValueError("attention_bias and mlp_bias are not supported for Llama.")
-    return shared_config(theirs)
+    return shared_config(theirs, tied)
 
 
-def shared_config(theirs: Mapping[str, Any], **changes: Any) -> GPTConfig:
+def is_tied(theirs: Mapping[str, Any], names: Collection[str]) -> bool:
+    """Whether the output layer is the token embedding; ``names`` of tensors are without copies."""
+    return bool(theirs["tie_word_embeddings"]) and "lm_head.weight" not in names
+
+
+def shared_config(theirs: Mapping[str, Any], tied: bool | None = None, **changes: Any) -> GPTConfig:
     """Our configuration from the fields that Llama, Mistral and Qwen2 share.
 
     Args:
+        tied: whether the output layer is the token embedding; ``None`` is what ``tie_word_embeddings`` says.
         changes: fields of ours that one of them sets otherwise.
 
     Raises:
@@ -42,25 +59,34 @@ def shared_config(theirs: Mapping[str, Any], **changes: Any) -> GPTConfig:
     rope = theirs.get("rope_parameters") or {}
     kind = rope.get("rope_type", "default")
     stretched = kind == "llama3"
-    if kind not in ("default", "linear", "llama3") or (stretched and any(rope[k] != v for k, v in _LLAMA_3.items())):
+    if kind not in _ROPE_FIELDS or (stretched and any(rope.get(k) != v for k, v in _LLAMA_3.items())):
         raise ValueError(f"rope_parameters={dict(rope)} is none that megatron-core's RoPE computes.")
+    known = ("rope_type", "type", "rope_theta", *_ROPE_FIELDS[kind])
+    unknown = {name: value for name, value in rope.items() if name not in known and value is not None}
+    if unknown.get("partial_rotary_factor") == 1.0:
+        del unknown["partial_rotary_factor"]
+    if unknown:
+        raise ValueError(
+            f"rope_parameters has {unknown}, which megatron-core's RoPE of type {kind!r} does not compute."
+        )
+    hidden, heads = size(theirs, "hidden_size"), size(theirs, "num_attention_heads")
     return GPTConfig.llama(
-        num_layers=theirs["num_hidden_layers"],
-        hidden_size=theirs["hidden_size"],
-        num_attention_heads=theirs["num_attention_heads"],
-        num_query_groups=theirs["num_key_value_heads"],
-        kv_channels=theirs.get("head_dim") or theirs["hidden_size"] // theirs["num_attention_heads"],
-        ffn_hidden_size=theirs["intermediate_size"],
-        vocab_size=theirs["vocab_size"],
-        max_position_embeddings=theirs["max_position_embeddings"],
-        layernorm_epsilon=theirs["rms_norm_eps"],
-        init_method_std=theirs["initializer_range"],
-        attention_dropout=theirs["attention_dropout"],
-        rotary_base=rope.get("rope_theta", 10000.0),
+        num_layers=size(theirs, "num_hidden_layers"),
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_query_groups=size(theirs, "num_key_value_heads"),
+        kv_channels=hidden // heads if theirs.get("head_dim") is None else size(theirs, "head_dim"),
+        ffn_hidden_size=size(theirs, "intermediate_size"),
+        vocab_size=size(theirs, "vocab_size"),
+        max_position_embeddings=size(theirs, "max_position_embeddings"),
+        layernorm_epsilon=number(theirs, "rms_norm_eps", above=0),
+        init_method_std=number(theirs, "initializer_range", above=-1e-9),
+        attention_dropout=rate(theirs, "attention_dropout"),
+        rotary_base=number({"rope_theta": 10000.0, **rope}, "rope_theta", above=0),
         rope_scaling=stretched,
-        rope_scaling_factor=rope["factor"] if stretched else 8.0,
-        seq_len_interpolation_factor=rope["factor"] if kind == "linear" else None,
-        share_embeddings_and_output_weights=theirs["tie_word_embeddings"],
+        rope_scaling_factor=number(rope, "factor", above=0) if stretched else 8.0,
+        seq_len_interpolation_factor=number(rope, "factor", above=0) if kind == "linear" else None,
+        share_embeddings_and_output_weights=bool(theirs["tie_word_embeddings"]) if tied is None else tied,
     ).replace(**changes)
 
 
@@ -159,11 +185,15 @@ def table(config: GPTConfig) -> Table:
 ARCHITECTURE = Architecture(
     model_type="llama",
     config_type=GPTConfig,
-    read=lambda theirs, names: config(theirs),
+    read=lambda theirs, names: config(theirs, tied=is_tied(theirs, names)),
     write=fields,
     table=table,
     class_name=lambda config: "LlamaForCausalLM",
+    classes=("LlamaForCausalLM", "LlamaModel"),
+    reads=(*READS, "attention_bias", "mlp_bias"),
+    only={"is_encoder_decoder": (None, False)},
+    ties=(("lm_head.weight", "model.embed_tokens.weight"),),
     prefix="model.",
     heads=("lm_head.*",),
-    ignored=lambda config: (*ignored(config), "*.rotary_emb.inv_freq"),
+    ignored=lambda config: ("*.rotary_emb.inv_freq",),
 )

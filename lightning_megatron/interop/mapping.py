@@ -209,6 +209,17 @@ class PaddedVocabulary(Transform):
 
 
 @dataclass(frozen=True, slots=True)
+class CopiedVocabulary(PaddedVocabulary):
+    """Rows of the real vocabulary that two equal tensors of theirs hold; the first is read, both are written."""
+
+    def rows(self, core: int) -> tuple[int, ...]:
+        return self.vocab_size, self.vocab_size
+
+    def to_theirs(self, core: Tensor) -> list[Tensor]:
+        return [core[: self.vocab_size]] * 2
+
+
+@dataclass(frozen=True, slots=True)
 class Rule:
     """One tensor of ours and those of theirs that make it. ``{}`` in the names stands for a layer's number."""
 

@@ -123,7 +123,10 @@ def from_args(args: Any, specs: Mapping[str, CoreSpec], vocab_size: int | None, 
             "--model-config FILE, a JSON of a GPTConfig, BertConfig or T5Config."
         )
     values = vars(args) if hasattr(args, "__dict__") else dict(args)
-    rows = specs["embedding.word_embeddings.weight"].shape[0]
+    word = specs.get("embedding.word_embeddings.weight")
+    if word is None or len(word.shape) != 2:
+        raise CheckpointError(f"{where} holds no language model: it has no matrix embedding.word_embeddings.weight.")
+    rows = word.shape[0]
     if vocab_size is not None and vocab_size > rows:
         raise CheckpointError(f"The tokenizer has {vocab_size} tokens, but the embedding in {where} only {rows} rows.")
     if OURS in values:
@@ -138,6 +141,10 @@ def from_args(args: Any, specs: Mapping[str, CoreSpec], vocab_size: int | None, 
         config = _config(values, specs, vocab_size)
     except KeyError as error:
         raise CheckpointError(f"The 'args' in {where} lack {error}. Add it, or give --model-config FILE.") from error
+    except (TypeError, ValueError) as error:  # values of another type
+        raise CheckpointError(
+            f"The 'args' in {where} describe no model: {error}. Give the sizes with --model-config FILE."
+        ) from error
     return Identity(config, iteration=_number(values.get("iteration")))
 
 

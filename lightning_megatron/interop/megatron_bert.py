@@ -6,13 +6,25 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from lightning_megatron.interop.architecture import Architecture, need
-from lightning_megatron.interop.mapping import QKV, PaddedVocabulary, Rule, Table, rule
+from lightning_megatron.interop.config_fields import number, rate, size
+from lightning_megatron.interop.mapping import QKV, CopiedVocabulary, PaddedVocabulary, Rule, Table, rule
 from lightning_megatron.models.config import BertConfig
 
-IGNORED = ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias", "bert.embeddings.position_ids")
-"""Tied to the token embedding and to ``cls.predictions.bias``; and a buffer that is a range."""
+IGNORED = ("bert.embeddings.position_ids",)
+"""A buffer that is a range."""
 
+READS = (
+    *("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size"),
+    *("max_position_embeddings", "type_vocab_size", "layer_norm_eps", "hidden_act", "hidden_dropout_prob"),
+    *("attention_probs_dropout_prob", "initializer_range", "tie_word_embeddings", "is_decoder"),
+    *("id2label", "label2id", "num_labels", "problem_type"),
+)
+"""Fields that Megatron-BERT and BERT share."""
+
+_WEIGHT, _BIAS, _OWN_BIAS = (f"cls.predictions.{name}" for name in ("decoder.weight", "decoder.bias", "bias"))
 KINDS = ("weight", "bias")
+CLASSES = ("ForPreTraining", "ForMaskedLM", "ForSequenceClassification", "Model")
+"""Classes that are read, without the prefix of a kind of BERT."""
 _ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu"}
 
 
@@ -29,26 +41,58 @@ def config(theirs: Mapping[str, Any], names: Collection[str] | None = None, **ch
     if theirs["hidden_act"] not in _ACTIVATIONS:
         raise ValueError(f"hidden_act={theirs['hidden_act']!r} is none of {sorted(_ACTIVATIONS)}.")
     need(theirs, is_decoder=False, add_cross_attention=False)
-    heads: dict[str, Any] = {}
-    if names is not None:
-        heads["add_binary_head"] = "cls.seq_relationship.weight" in names
-        if "classifier.weight" in names:
-            heads["num_labels"] = len(theirs.get("id2label") or (0, 1))
+    dropout = rate(theirs, "hidden_dropout_prob")
     return BertConfig(
-        num_layers=theirs["num_hidden_layers"],
-        hidden_size=theirs["hidden_size"],
-        num_attention_heads=theirs["num_attention_heads"],
-        ffn_hidden_size=theirs["intermediate_size"],
-        vocab_size=theirs["vocab_size"],
-        max_position_embeddings=theirs["max_position_embeddings"],
-        num_tokentypes=theirs["type_vocab_size"],
-        layernorm_epsilon=theirs["layer_norm_eps"],
+        num_layers=size(theirs, "num_hidden_layers"),
+        hidden_size=size(theirs, "hidden_size"),
+        num_attention_heads=size(theirs, "num_attention_heads"),
+        ffn_hidden_size=size(theirs, "intermediate_size"),
+        vocab_size=size(theirs, "vocab_size"),
+        max_position_embeddings=size(theirs, "max_position_embeddings"),
+        num_tokentypes=size(theirs, "type_vocab_size"),
+        layernorm_epsilon=number(theirs, "layer_norm_eps", above=0),
         activation=_ACTIVATIONS[theirs["hidden_act"]],  # type: ignore[arg-type]
-        hidden_dropout=theirs["hidden_dropout_prob"],
-        attention_dropout=theirs["attention_probs_dropout_prob"],
-        init_method_std=theirs["initializer_range"],
-        **{**heads, **changes},
+        hidden_dropout=dropout,
+        attention_dropout=rate(theirs, "attention_probs_dropout_prob"),
+        init_method_std=number(theirs, "initializer_range", above=-1e-9),
+        **{"classifier_dropout": dropout, **_heads_of(theirs, names), **changes},
     )
+
+
+def _heads_of(theirs: Mapping[str, Any], names: Collection[str] | None) -> dict[str, Any]:
+    """Our fields for the heads whose tensors are there, without copies of tied ones."""
+    if names is None:
+        return {}
+    if "classifier.weight" not in names:
+        untied = _WEIGHT in names or not theirs["tie_word_embeddings"]
+        return {
+            "add_binary_head": "cls.seq_relationship.weight" in names,
+            "share_embeddings_and_output_weights": not untied,
+        }
+    if "bert.pooler.dense.weight" not in names:
+        raise ValueError(
+            "there is a classifier without a pooler, as BertForTokenClassification has it; only a classifier of "
+            "sequences can be read."
+        )
+    labels = len(theirs.get("id2label") or (0, 1))
+    problem = theirs.get("problem_type")
+    if problem not in (None, "regression" if labels == 1 else "single_label_classification"):
+        raise ValueError(
+            f"problem_type={problem!r} with {labels} labels has a loss that this package does not compute; one label "
+            "is a regression, several are one choice."
+        )
+    return {"add_binary_head": False, "num_labels": labels}
+
+
+def arrange(tensors: dict[str, Any], tied: bool) -> None:
+    """Name the bias of the output layer as the table does: transformers adds ``decoder.bias``, which is tied to
+    ``cls.predictions.bias`` with the weights."""
+    untied = _WEIGHT in tensors or not tied
+    bias = tensors.pop(_BIAS, tensors.get(_OWN_BIAS) if tied else None)
+    if bias is not None:
+        tensors[_OWN_BIAS] = bias
+        if untied:
+            tensors[_BIAS] = bias
 
 
 def fields(config: BertConfig) -> dict[str, Any]:
@@ -58,6 +102,8 @@ def fields(config: BertConfig) -> dict[str, Any]:
         ValueError: a choice that Megatron-BERT does not have.
     """
     need(config, post_layernorm=False)
+    if config.num_labels is not None:
+        need(config, classifier_dropout=config.hidden_dropout)
     return shared_fields(config)
 
 
@@ -73,7 +119,6 @@ def shared_fields(config: BertConfig) -> dict[str, Any]:
         position_embedding_type="learned_absolute",
         gated_linear_unit=False,
         add_bias_linear=True,
-        share_embeddings_and_output_weights=True,
     )
     if config.add_qkv_bias is False or config.activation == "silu" or config.num_tokentypes < 1:
         raise ValueError("BERT has biases everywhere, token types, and no silu.")
@@ -93,6 +138,7 @@ def shared_fields(config: BertConfig) -> dict[str, Any]:
         "hidden_dropout_prob": config.hidden_dropout,
         "attention_probs_dropout_prob": config.attention_dropout,
         "initializer_range": config.init_method_std,
+        "tie_word_embeddings": config.share_embeddings_and_output_weights,
         **({"id2label": labels, "label2id": {v: int(k) for k, v in labels.items()}} if config.num_labels else {}),
     }
 
@@ -153,9 +199,14 @@ def heads(config: BertConfig) -> tuple[Rule, ...]:
         ("lm_head.layer_norm", "cls.predictions.transform.LayerNorm"),
         *((pooler, ("binary_head", "cls.seq_relationship")) if config.add_binary_head else ()),
     )
+    named = tuple(rule(f"{a}.{kind}", f"{b}.{kind}") for a, b in pairs for kind in KINDS)
+    if config.share_embeddings_and_output_weights:
+        return (*named, rule("output_layer.bias", _OWN_BIAS, transform=vocabulary))
+    copied = CopiedVocabulary(config.vocab_size, config.padded_vocab_size(1))
     return (
-        *(rule(f"{a}.{kind}", f"{b}.{kind}") for a, b in pairs for kind in KINDS),
-        rule("output_layer.bias", "cls.predictions.bias", transform=vocabulary),
+        *named,
+        rule("output_layer.bias", _BIAS, _OWN_BIAS, transform=copied),
+        rule("output_layer.weight", _WEIGHT, transform=vocabulary),
     )
 
 
@@ -180,6 +231,11 @@ ARCHITECTURE = Architecture(
     write=fields,
     table=table,
     class_name=lambda config: f"MegatronBert{class_name(config)}",
+    classes=tuple(f"MegatronBert{kind}" for kind in CLASSES),
+    reads=READS,
+    only={"is_encoder_decoder": (None, False), "position_embedding_type": (None, "absolute")},
+    ties=((_WEIGHT, "bert.embeddings.word_embeddings.weight"), (_BIAS, _OWN_BIAS)),
+    arrange=arrange,
     prefix="bert.",
     heads=("cls.*", "classifier.*"),
     ignored=unneeded,

@@ -10,13 +10,16 @@ from lightning_megatron.interop import llama
 from lightning_megatron.models.config import GPTConfig
 
 
-def config(theirs: Mapping[str, Any]) -> GPTConfig:
+def config(theirs: Mapping[str, Any], *, tied: bool | None = None) -> GPTConfig:
     """Our configuration from a ``MistralConfig``'s fields. Sequences may be as long as the window of attention.
+
+    Args:
+        tied: as for :func:`llama.config`.
 
     Raises:
         ValueError: a choice that this model does not have.
     """
-    return llama.shared_config(theirs, **llama.sliding_window(theirs))
+    return llama.shared_config(theirs, tied, **llama.sliding_window(theirs))
 
 
 def fields(config: GPTConfig) -> dict[str, Any]:
@@ -32,7 +35,9 @@ def fields(config: GPTConfig) -> dict[str, Any]:
 ARCHITECTURE = replace(
     llama.ARCHITECTURE,
     model_type="mistral",
-    read=lambda theirs, names: config(theirs),
+    read=lambda theirs, names: config(theirs, tied=llama.is_tied(theirs, names)),
     write=fields,
     class_name=lambda config: "MistralForCausalLM",
+    classes=("MistralForCausalLM", "MistralModel"),
+    reads=(*llama.READS, "sliding_window"),
 )

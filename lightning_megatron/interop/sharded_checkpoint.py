@@ -51,6 +51,8 @@ class ShardedCheckpoint:
     lora: LoRAConfig | None = None
     adapters: Mapping[str, CoreSpec] = field(default_factory=dict)
     """Their matrices, which :attr:`specs` leaves out."""
+    ours: bool = False
+    """Whether this package wrote it."""
 
     @classmethod
     def open_ours(cls, path: Path, *, exact: bool = False) -> ShardedCheckpoint:
@@ -74,6 +76,7 @@ class ShardedCheckpoint:
                 raise CheckpointError(f"The checkpoint {path} is damaged: {name} {found}.")
         opened = cls._open(path, exact, lambda specs: identity)
         adapters = {name: spec for name, spec in opened.specs.items() if is_adapter(name)}
+        opened = replace(opened, ours=True)
         if not adapters:
             return opened
         if "lora" not in metadata.model:

@@ -7,16 +7,23 @@ from dataclasses import replace
 from typing import Any
 
 from lightning_megatron.interop.architecture import Architecture, need
+from lightning_megatron.interop.config_fields import LABELS, number, rate, size
 from lightning_megatron.interop.mapping import KV, QKV, PaddedVocabulary, Rule, Stacked, Table, rule
 from lightning_megatron.models.config import T5Config
 
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu": "gelu", "relu": "relu", "silu": "silu"}
 
 
-def ignored(config: T5Config) -> tuple[str, ...]:
-    """Names that hold nothing of their own."""
-    copies = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-    return (*copies, "lm_head.weight") if config.share_embeddings_and_output_weights else copies
+_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+_READS = (
+    *("num_layers", "num_hidden_layers", "num_decoder_layers", "d_model", "hidden_size", "num_heads"),
+    *("num_attention_heads", "d_kv", "head_dim", "d_ff", "vocab_size", "relative_attention_num_buckets"),
+    *("relative_attention_max_distance", "dropout_rate", "layer_norm_epsilon", "initializer_factor"),
+    *("feed_forward_proj", "dense_act_fn", "is_gated_act", "tie_word_embeddings", "scale_decoder_outputs"),
+    # No class that is read has a classifier or computes with these.
+    *LABELS,
+    "n_positions",
+)
 
 
 def config(theirs: Mapping[str, Any], *, tied: bool) -> T5Config:
@@ -29,26 +36,30 @@ def config(theirs: Mapping[str, Any], *, tied: bool) -> T5Config:
     Raises:
         ValueError: a choice that this model does not have.
     """
-    kind = theirs["feed_forward_proj"].split("-")
+    kind = str(theirs["feed_forward_proj"]).split("-")
     name = theirs.get("dense_act_fn") or kind[-1]
     if name not in _ACTIVATIONS:
-        raise ValueError(f"feed_forward_proj={theirs['feed_forward_proj']!r} is no activation of this model.")
+        raise ValueError(
+            f"feed_forward_proj={theirs['feed_forward_proj']!r} with dense_act_fn={name!r} is no activation of this "
+            f"model, which has {', '.join(_ACTIVATIONS)}."
+        )
+    gated = theirs.get("is_gated_act")
     return T5Config(
-        num_layers=theirs["num_layers"],
-        decoder_num_layers=theirs["num_decoder_layers"],
-        hidden_size=theirs["d_model"],
-        num_attention_heads=theirs["num_heads"],
-        kv_channels=theirs["d_kv"],
-        ffn_hidden_size=theirs["d_ff"],
-        vocab_size=theirs["vocab_size"],
-        layernorm_epsilon=theirs["layer_norm_epsilon"],
+        num_layers=size(theirs, "num_layers"),
+        decoder_num_layers=size(theirs, "num_decoder_layers"),
+        hidden_size=size(theirs, "d_model"),
+        num_attention_heads=size(theirs, "num_heads"),
+        kv_channels=size(theirs, "d_kv"),
+        ffn_hidden_size=size(theirs, "d_ff"),
+        vocab_size=size(theirs, "vocab_size"),
+        layernorm_epsilon=number(theirs, "layer_norm_epsilon", above=0),
         activation=_ACTIVATIONS[name],  # type: ignore[arg-type]
-        gated_linear_unit=kind[0] == "gated",
-        initializer_factor=theirs.get("initializer_factor", 1.0),
-        hidden_dropout=theirs["dropout_rate"],
-        attention_dropout=theirs["dropout_rate"],
-        relative_attention_num_buckets=theirs["relative_attention_num_buckets"],
-        relative_attention_max_distance=theirs["relative_attention_max_distance"],
+        gated_linear_unit=kind[0] == "gated" if gated is None else bool(gated),
+        initializer_factor=number({"initializer_factor": 1.0, **theirs}, "initializer_factor", above=-1e-9),
+        hidden_dropout=rate(theirs, "dropout_rate"),
+        attention_dropout=rate(theirs, "dropout_rate"),
+        relative_attention_num_buckets=size(theirs, "relative_attention_num_buckets"),
+        relative_attention_max_distance=size(theirs, "relative_attention_max_distance"),
         share_embeddings_and_output_weights=tied,
         scale_decoder_output=bool(theirs.get("scale_decoder_outputs")) and theirs["model_type"] == "t5",
         decoder_start_token_id=_token(theirs, "decoder_start_token_id"),
@@ -94,6 +105,8 @@ def fields(config: T5Config) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "layer_norm_epsilon": config.layernorm_epsilon,
         "feed_forward_proj": gate + act,
+        "dense_act_fn": names[config.activation],
+        "is_gated_act": config.gated_linear_unit,
         "initializer_factor": 1.0 if config.initializer_factor is None else config.initializer_factor,
         "dropout_rate": config.hidden_dropout,
         "relative_attention_num_buckets": config.relative_attention_num_buckets,
@@ -112,6 +125,9 @@ def _mt5_fields(config: T5Config) -> dict[str, Any]:
 
 
 def _read(theirs: Mapping[str, Any], names: Any) -> T5Config:
+    for copy in _COPIES:
+        if copy in names:
+            raise ValueError(f"{copy} differs from shared.weight, but encoder and decoder have one embedding here.")
     return config(theirs, tied="lm_head.weight" not in names)
 
 
@@ -178,9 +194,17 @@ ARCHITECTURE = Architecture(
     write=fields,
     table=table,
     class_name=lambda config: "T5ForConditionalGeneration",
-    ignored=lambda config: (*ignored(config), "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"),
+    classes=("T5ForConditionalGeneration", "T5WithLMHeadModel", "T5Model"),
+    reads=_READS,
+    only={"is_encoder_decoder": (None, True), "is_decoder": (None, False)},
+    ties=tuple((copy, "shared.weight") for copy in (*_COPIES, "lm_head.weight")),
+    ignored=lambda config: ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
 )
 
 MT5 = replace(
-    ARCHITECTURE, model_type="mt5", write=_mt5_fields, class_name=lambda config: "MT5ForConditionalGeneration"
+    ARCHITECTURE,
+    model_type="mt5",
+    write=_mt5_fields,
+    class_name=lambda config: "MT5ForConditionalGeneration",
+    classes=("MT5ForConditionalGeneration", "MT5Model"),
 )
