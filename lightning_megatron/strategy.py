@@ -231,8 +231,8 @@ class MegatronStrategy(DDPStrategy):
             # OpenMP's threads stay in the notebook's process, and a fork that used more than one would wait for them.
             torch.set_num_threads(1)
         super().setup_environment()
-        self._open_watch()
         core.use_device(self.root_device)
+        self._open_watch()
         if self._undecided:
             self._decide()
         self._initialise_groups()

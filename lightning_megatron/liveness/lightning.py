@@ -41,6 +41,9 @@ def open_watch(
     endpoint = strategy.broadcast(watch.listen(environment.main_address) if rank == 0 else None)
     if endpoint is not None and rank:
         watch.connect(endpoint, min(timeout.total_seconds(), 30.0))
+    else:
+        # A connection that is accepted while groups are made would be taken for one of theirs, and aborted with them.
+        watch.wait_until_connected()
     return watch
 
 

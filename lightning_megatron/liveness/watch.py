@@ -139,6 +139,11 @@ class PeerWatch:
         self._selector.register(connection, selectors.EVENT_READ)
         self._thread.start()
 
+    def wait_until_connected(self) -> None:
+        """On rank 0, until all others have connected, or one that never does is given up."""
+        while not all(peer.connection or peer.left for peer in self._peers.values()):
+            time.sleep(0.005)
+
     # --------------------------------------------------------------------- leaving
 
     def fail(self, text: str) -> None:

@@ -6,6 +6,7 @@ import ipaddress
 import os
 import subprocess
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -40,7 +41,8 @@ def fits(world_size: int, layouts: list[dict[str, int]], directory: Path) -> tup
                 previous.lightning_module, SharedLoader(previous.lightning_module, length=8), verbose=False
             )
         previous = trainer
-        time.sleep(0.1)
+        while any(thread.name == "peers" for thread in threading.enumerate()):
+            time.sleep(0.01)  # until rank 0 has heard that the others are done
         counts.append((process.num_fds(), process.num_threads()))
     return counts, {c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
 
@@ -50,7 +52,8 @@ def check(pool: RankPool, name: str, number: int, directory: Path) -> None:
     # Of one layout, and of two in turn.
     for index, layouts in enumerate(([layout] * number, [layout, {}] * (number // 2))):
         for counts, addresses in pool.run(fits, world_size, world_size, layouts, directory / str(index), timeout=600.0):
-            assert counts[-1] == counts[2], counts
+            assert counts[-1][0] <= counts[2][0], counts
+            assert counts[-1][1] <= counts[2][1], counts
             assert addresses
             assert all(ipaddress.ip_address(address).is_loopback for address in addresses)
 

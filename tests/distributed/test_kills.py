@@ -132,7 +132,7 @@ def check(pool: RankPool, layout: str, how: str, victim: int, saving: bool, dire
     directory.mkdir()
     world_size, _ = LAYOUTS[layout]
     gone = {victim} if how in ("kill", "stop") else set()
-    timeout = COLLECTIVE_TIMEOUT + 15.0 if how == "stop" else 80.0  # the pool waits for the stopped rank too
+    timeout = COLLECTIVE_TIMEOUT + 40.0 if how == "stop" else 80.0  # the pool waits for the stopped rank too
     results, errors = pool.attempt(run, world_size, layout, how, victim, saving, directory, timeout=timeout)
     assert set(results) == set(range(world_size)) - gone, errors
     for text, _, threads in results.values():
@@ -170,6 +170,11 @@ LAUNCHERS = {
 }
 
 
+def _left(argument: str) -> list[int]:
+    processes = psutil.process_iter(["pid", "cmdline"])
+    return [process.info["pid"] for process in processes if argument in (process.info["cmdline"] or [])]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 @pytest.mark.parametrize(
@@ -181,7 +186,7 @@ def test_launchers_end_and_leave_nothing(launcher: str, how: str, victim: int, t
     with (tmp_path / "output").open("w") as output:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
         code = process.wait(280)
-    while left := [child.pid for child in psutil.process_iter(["cmdline"]) if str(tmp_path) in (child.cmdline() or [])]:
+    while left := _left(str(tmp_path)):
         time.sleep(0.1)
         assert time.time() < float((tmp_path / "at").read_text()) + 60.0, left
     seconds = time.time() - float((tmp_path / "at").read_text())

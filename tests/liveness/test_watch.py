@@ -26,6 +26,7 @@ def three(**options: object) -> Iterator[tuple[list[PeerWatch], list[threading.E
         endpoint = watches[0].listen("127.0.0.1")
         for other in watches[1:]:
             other.connect(endpoint, 5.0)
+        watches[0].wait_until_connected()
         until(lambda: all(peer.step == 7 for peer in watches[0]._peers.values()))
         yield watches, aborted
         for each in watches:
