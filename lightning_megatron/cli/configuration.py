@@ -18,9 +18,11 @@ from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -62,6 +64,7 @@ def recipe(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callabl
         @functools.wraps(function)
         def checked(config: DictConfig) -> None:
             with _messages():
+                _separate_jobs(config)
                 check(config)
                 # Lightning warns of data that has no validation part, which is no mistake.
                 warnings.filterwarnings("ignore", message="Total length of `ReplicaDataLoader` across ranks is zero")
@@ -89,7 +92,7 @@ def answer_early(config_name: str, arguments: Sequence[str]) -> bool:
         return True
     with _messages():
         overrides = _check_arguments(config_name, arguments)
-        if not any(argument.startswith("-") for argument in arguments):
+        if not any(argument.startswith("-") for argument in arguments):  # options may add directories
             _check_missing(_compose(config_name, overrides))
     return False
 
@@ -98,8 +101,29 @@ def _check_arguments(config_name: str, arguments: Sequence[str]) -> list[str]:
     """The overrides among the arguments, if they and the options exist."""
     _check_words(arguments)
     overrides = [argument for argument in arguments if _is_override(argument)]
-    check_overrides(config_name, overrides)
+    check_overrides(config_name, overrides, _config_dirs(arguments))
     return overrides
+
+
+def _config_dirs(arguments: Sequence[str]) -> list[Path]:
+    """Directories of configurations that ``--config-dir`` adds."""
+    found = []
+    for argument, after in zip(arguments, [*arguments[1:], ""], strict=True):
+        option, given, value = argument.partition("=")
+        if option in ("--config-dir", "-cd"):
+            found.append(Path(value if given else after).absolute())
+    missing = [path for path in found if not path.is_dir()]
+    if missing:
+        raise ConfigurationError(f"--config-dir {missing[0]} is no directory.")
+    return found
+
+
+def _separate_jobs(config: DictConfig) -> None:
+    """Give each job of a sweep its own directory below ``run_dir``, unless ``run_dir`` tells them apart by itself."""
+    job = HydraConfig.get()
+    own = any(override.startswith("run_dir=") and "${hydra" in override for override in job.overrides.task)
+    if job.mode == RunMode.MULTIRUN and "run_dir" in config and not own:
+        config.run_dir = str(Path(config.run_dir) / str(job.job.num))
 
 
 def _check_words(arguments: Sequence[str]) -> None:
@@ -185,8 +209,11 @@ def compose(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
     return config
 
 
-def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
+def _compose(config_name: str, overrides: Sequence[str], directories: Sequence[Path] = ()) -> DictConfig:
     GlobalHydra.instance().clear()
+    if directories:
+        paths = ",".join(f"'file://{path}'" for path in directories)
+        overrides = [*overrides, f"hydra.searchpath=[{paths}]"]
     try:
         with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
             return hydra.compose(config_name, list(overrides))
@@ -194,19 +221,25 @@ def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
         raise ConfigurationError(str(error).strip()) from error
 
 
-def check_overrides(config_name: str, overrides: Sequence[str]) -> None:
-    """Raise :class:`ConfigurationError` for an override of a field or a choice of a group option that is not there."""
+def check_overrides(config_name: str, overrides: Sequence[str], directories: Sequence[Path] = ()) -> None:
+    """Raise :class:`ConfigurationError` for an override of a field or a choice of a group option that is not there.
+
+    Args:
+        directories: of configurations beside the package's, whose groups and options count too.
+    """
     parsed = [_parsed(override) for override in overrides]
-    groups = {path.name for path in conf_dir().iterdir() if path.is_dir()}
+    everywhere = [conf_dir(), *directories]
+    groups = {path.name for directory in everywhere for path in directory.iterdir() if path.is_dir()}
     choices = [override for override in parsed if override.key_or_group in groups]
     for override in choices:
-        _check_choice(override)
+        _check_choice(override, everywhere)
     plain = [override for override in parsed if not (override.is_add() or override.is_force_add())]
     names = None
     for override in plain:
         if override in choices or override.key_or_group.startswith("hydra"):
             continue
-        names = names or list(_names(_compose(config_name, [str(choice.input_line) for choice in choices])))
+        if names is None:
+            names = list(_names(_compose(config_name, _one_of_each(choices), directories)))
         if override.key_or_group not in names:
             raise ConfigurationError(
                 f"There is no field {override.key_or_group!r}.{_nearest(override.key_or_group, names)} To add a field "
@@ -225,10 +258,22 @@ def _parsed(override: str) -> Override:
         ) from error
 
 
-def _check_choice(override: Override) -> None:
+def _one_of_each(choices: Sequence[Override]) -> list[str]:
+    """The choices of groups, of a sweep's the first of each."""
+    lines = []
+    for choice in choices:
+        line = str(choice.input_line)
+        if choice.is_sweep_override():
+            name = line.partition("=")[0]
+            line = f"{name}={next(iter(choice.sweep_string_iterator()))}"
+        lines.append(line)
+    return lines
+
+
+def _check_choice(override: Override, directories: Sequence[Path]) -> None:
     if override.is_sweep_override() or override.is_delete():
         return
-    options = sorted(path.stem for path in (conf_dir() / override.key_or_group).glob("*.yaml"))
+    options = sorted({path.stem for home in directories for path in (home / override.key_or_group).glob("*.yaml")})
     if override.value() not in options:
         raise ConfigurationError(
             f"{override.key_or_group}={override.value()} is none of {', '.join(options)}."

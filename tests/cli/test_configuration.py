@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 from hydra.utils import instantiate
 
 import lightning_megatron as lm
 from lightning_megatron.checkpoint import CheckpointOptions
-from lightning_megatron.cli.configuration import ConfigurationError, check, compose, conf_dir
+from lightning_megatron.cli.configuration import ConfigurationError, check, check_overrides, compose, conf_dir, recipe
 from lightning_megatron.generation import GenerationConfig
 
 DATA = "data.data_path=corpus"
@@ -56,6 +60,42 @@ def test_every_field_of_the_dataclasses_is_in_the_configuration() -> None:
     generation = compose("generate", ["checkpoint=last.ckpt"]).generation
     assert set(generation) - {"_target_"} == set(GenerationConfig.__dataclass_fields__)
     assert instantiate(config.optim) == lm.OptimizerConfig(min_lr=3e-5, weight_decay=0.1)
+
+
+def test_a_users_directory_adds_groups_options_and_fields(tmp_path: Path) -> None:
+    for group, name, text in (
+        ("model", "mine", "defaults: [gpt_tiny]\nnum_layers: 3\n"),
+        ("experiment", "short", "# @package _global_\ntrainer: {max_steps: 7}\nnote: short\n"),
+    ):
+        (tmp_path / group).mkdir()
+        (tmp_path / group / f"{name}.yaml").write_text(text)
+    given = ["model=mine", "+experiment=short", "note=long", "model.hidden_size=64"]
+    check_overrides("pretrain", given, [tmp_path])
+    for mistaken, words in (
+        ("model=mien", "Did you mean 'mine'"),
+        ("+experiment=sort", "Did you mean 'short'"),
+        ("nope=1", "no field 'nope'"),
+    ):
+        with pytest.raises(ConfigurationError, match=words):
+            check_overrides("pretrain", [*given, mistaken], [tmp_path])
+    script = "from lightning_megatron.cli.main import main; raise SystemExit(main())"
+    command = [sys.executable, "-c", script, "pretrain", "--config-dir", str(tmp_path), *given, "--cfg", "job"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "num_layers: 3" in done.stdout, done.stderr
+    assert "note: long" in done.stdout
+
+
+def test_each_job_of_a_sweep_has_a_directory_of_its_own(tmp_path: Path) -> None:
+    @recipe("pretrain")
+    def write(config: Any) -> None:
+        Path(config.run_dir).mkdir(parents=True)
+        (Path(config.run_dir) / "optim").write_text(f"{config.optim.lr} {config.trainer.default_root_dir}")
+
+    arguments = ["--multirun", f"run_dir={tmp_path}", "optim.lr=0.1,0.2", "parallel=single", DATA]
+    with patch("sys.argv", ["pretrain", *arguments]):
+        write()
+    assert [(tmp_path / f"{job}/optim").read_text() for job in (0, 1)] == [f"0.1 {tmp_path}/0", f"0.2 {tmp_path}/1"]
+    check_overrides("pretrain", ["parallel=tp2_pp2,single", "parallel.micro_batch_size=2"])
 
 
 def test_overrides_arrive() -> None:
