@@ -176,6 +176,17 @@ def _default_device(group: dist.ProcessGroup | None) -> torch.device:
     return torch.device("cpu") if dist.get_backend(group) == "gloo" else torch.device("cuda")
 
 
+def _bias_beside_frozen_weight(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``linear_with_frozen_weight``, whose backward returns no gradient of the bias: the bias is added outside."""
+
+    @functools.wraps(original)
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        output = original(input, weight, None, *args, **kwargs)
+        return output if bias is None else output + bias
+
+    return linear
+
+
 def _sgd(original: Callable[..., Optimizer]) -> Callable[..., Optimizer]:
     """TransformerEngine's or Apex's ``FusedSGD``, which megatron-core takes where installed, for a GPU's parameters."""
     if original is torch.optim.SGD:
@@ -236,6 +247,7 @@ REPLACEMENTS = (
     Replacement(
         "megatron.core.optimizer.distrib_optimizer", "__init__", _distributed_with_sgd, owner="DistributedOptimizer"
     ),
+    Replacement("megatron.core.tensor_parallel.layers", "linear_with_frozen_weight", _bias_beside_frozen_weight),
     # With this flag unset, `get_megatron_optimizer` builds `Adam(..., adam_w_mode=...)` instead of torch.optim.AdamW.
     Replacement("megatron.core.optimizer", "USING_PYTORCH_OPTIMIZER", lambda _: False),
     Replacement("megatron.core.optimizer", "Adam", lambda _: FusedAdam),

@@ -95,7 +95,8 @@ class LayerGraph:
         Args:
             constants: what the layer reads at fixed addresses besides its inputs and parameters.
         """
-        gradients = [main_grad_of(p) for p in self._parameters]
+        # A parameter that was frozen later still has a buffer, which the captured backward would fill.
+        gradients = [main_grad_of(p) if p.requires_grad else None for p in self._parameters]
         if any(g is None for g in gradients):
             return None
         addresses = tuple(t.data_ptr() for t in (*self._parameters, *gradients, *constants) if t is not None)
