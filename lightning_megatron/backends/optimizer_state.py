@@ -97,7 +97,8 @@ def _stepped(part: Any) -> Iterator[tuple[int, Tensor, Tensor, bool, int]]:
             (part.fp32_from_fp32_groups, part.fp32_from_fp32_groups, False),
         )
     elif isinstance(part, FP32Optimizer):
-        trained = [[p for p in group["params"] if p.requires_grad] for group in part.optimizer.param_groups]
+        # Also those that were frozen after the optimizer was built.
+        trained = [list(group["params"]) for group in part.optimizer.param_groups]
         lists = ((trained, trained, False),)
     else:
         raise NotImplementedError(
@@ -169,6 +170,12 @@ def restore_facts(optimizer: MegatronOptimizer, found: dict[str, Any]) -> None:
                     "hysteresis_tracker": int(scale["hysteresis_tracker"]),
                 }
             )
+
+
+def restore_rates(optimizer: MegatronOptimizer, found: dict[str, Any]) -> None:
+    """Take over the learning rates, for a scheduler that is made after the checkpoint is loaded."""
+    for identity, group in _identified(optimizer):
+        group["lr"] = found.get("groups", {}).get(identity, {}).get("lr", group["lr"])
 
 
 def _identified(optimizer: MegatronOptimizer) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,12 @@ class MegatronOptimizer(torch.optim.Optimizer):
         self._scale: torch.Tensor | None = None
         self.skip_next = False
         """Set while the closure runs, makes this step leave everything as it is (``callbacks.NonFinite`` does so)."""
+        self.complete_gradients: Callable[[], bool] | None = None
+        """Called between closure and update; whether there are gradients at all. Set by the strategy's gradients."""
+        self.zeroed = True
+        """Whether ``zero_grad`` was called in this accumulation window; the strategy sets it where one begins."""
+        self._left_out: list[torch.Tensor] = []
+        self._hooked: list[torch.optim.Optimizer] = []
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -70,6 +76,7 @@ class MegatronOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Nothing; see the class."""
+        self.zeroed = True
 
     def scale_gradients(self, scale: torch.Tensor) -> bool:
         """Let the next step multiply the gradients by ``scale`` (shape ``[]``) as it reads them.
@@ -86,9 +93,33 @@ class MegatronOptimizer(torch.optim.Optimizer):
         self._scale = scale
         return True
 
+    def leave_out(self, parameters: Collection[torch.Tensor]) -> None:
+        """Update all parameters but these from the next step on, as torch does with those that have no gradient.
+
+        They are neither decayed, and their state stays. Their ``main_grad`` must be zero.
+        """
+        left_out = {id(parameter) for parameter in parameters}
+        states = optimizer_state.parameter_states(self.core) if left_out else ()
+        self._left_out = [state.stepped for state in states if id(state.parameter) in left_out]
+        for part in optimizer_state.parts(self.core) if left_out else ():
+            if part.optimizer not in self._hooked:
+                part.optimizer.register_step_pre_hook(self._clear_left_out)
+                self._hooked.append(part.optimizer)
+
+    def _clear_left_out(self, *_: Any) -> None:
+        for tensor in self._left_out:
+            tensor.grad = None
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Run the closure (the whole schedule), then clip and update."""
+        """Run the closure (the whole schedule), then clip and update.
+
+        Nothing is updated if ``training_step`` returned ``None`` for all batches of this step. Such a step counts, and
+        schedules go on, as in Lightning.
+        """
         loss = closure() if closure is not None else None
+        if self.complete_gradients is not None and not self.complete_gradients():
+            self.skip_next, self.skipped, self.grad_norm = False, False, None
+            return loss
         if self.skip_next:
             self.skip_next, self.skipped, self.grad_norm = False, True, None
             return loss
