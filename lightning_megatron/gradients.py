@@ -53,8 +53,8 @@ class Gradients:
         self._trained = TrainedParameters([unwrap(chunk) for chunk in self.chunks])
         self._visible = VisibleGradients(self._trained.buffered, groups.tp_ep_pp, _device(self.chunks))
         self._frozen: tuple[Tensor, ...] = ()
-        # The accumulation window: its schedules so far, their tokens (fp64) if they are not reduced yet, and whether the
-        # last one's training_step has not returned a loss yet, which may be None.
+        # The accumulation window: its schedules so far, their tokens (fp64) if these are not reduced yet, and whether
+        # the last one's training_step has not returned a loss yet, which may be None.
         self._schedules = 0
         self._tokens: Tensor | None = None
         self._term_weights: dict[str, Tensor] | None = None

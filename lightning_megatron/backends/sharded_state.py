@@ -36,6 +36,8 @@ class Piece:
     """Leading dimensions that only the global tensor has, such as the layer in a stack of equal layers."""
     replica: bool
     resizable: bool
+    pipeline_copy: bool = False
+    """Whether it is the last pipeline stage's copy of a tied embedding."""
 
     @property
     def name(self) -> str:
@@ -70,11 +72,11 @@ class Weight:
     tensor: Tensor
     pieces: tuple[Piece, ...]
 
-    def shards(self) -> Iterator[Shard]:
+    def shards(self, prefix: str = "") -> Iterator[Shard]:
         """All of it."""
         flat = self.tensor.detach().view(-1)
         for piece in self.pieces:
-            yield from piece.shards("", flat)
+            yield from piece.shards(prefix, flat)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,7 @@ def _piece(tensor: Any, start: int | None = None) -> Piece:
         prepended=tensor.prepend_axis_num,
         # (pipeline, tensor, data); see Shard.replica.
         replica=any(replica_id[:-1]),
+        pipeline_copy=any(replica_id[:-2]),
         resizable=tensor.allow_shape_mismatch,
     )
 

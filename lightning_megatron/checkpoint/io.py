@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from lightning_megatron.backends import rng
+from lightning_megatron.checkpoint.averages import CURRENT, FillableAverages
 from lightning_megatron.checkpoint.metadata import CheckpointMetadata, FileSum, versions
 from lightning_megatron.checkpoint.names import Mismatch, shapes
 from lightning_megatron.checkpoint.publish import partial_path, publish, recover, remove, sync_files
-from lightning_megatron.checkpoint.run_state import OPTIMIZER_PREFIX, RNG, RunState, Wanted
+from lightning_megatron.checkpoint.run_state import OPTIMIZER_PREFIX, RNG, RunState, Wanted, WeightsKind
 from lightning_megatron.checkpoint.shard_files import (
     Outline,
     ShardFiles,
@@ -120,8 +121,7 @@ def snapshot(
         tokenizer: what the data says of its tokenizer, on rank 0.
     """
     shards = list(state.shards(team.rank))
-    facts = state.optimizer.facts() if state.optimizer is not None else {}
-    reports = team.gather(([Outline.of(shard) for shard in shards], facts, state.steps()))
+    reports = team.gather(([Outline.of(shard) for shard in shards], state.facts(), state.steps()))
     outlines = [report[0] for report in reports]
     shares = share_out(outlines)
     mine = team.scatter(shares)
@@ -169,10 +169,12 @@ def load(
     *,
     strict: bool = True,
     weights_only: bool | None = None,
+    averages: FillableAverages | None = None,
 ) -> dict[str, Any]:
     """Fill the weights and the optimizer, and return the Trainer's state.
 
     Args:
+        averages: of weights, which a callback continues; the ``state`` has them too.
         strict: whether the names must be those of the model exactly. Shapes must in any case.
         weights_only: ``False`` lets the Trainer's state hold any Python object, which runs code of whoever wrote it;
             otherwise only plain containers, numbers and tensors load.
@@ -183,15 +185,23 @@ def load(
     what = f"Loading the checkpoint {path}"
     metadata, lightning, files = team.do(what, lambda: _open(path, weights_only))
     with_optimizer = state.optimizer is not None and "optimizer_states" in lightning
-    weights = list(state.wanted_weights())
+    kind = WeightsKind.TRAINED
+    if CURRENT in lightning:
+        continues = averages is not None and averages.averages.of_weights
+        kind = WeightsKind.BESIDE_AVERAGES if continues else WeightsKind.AVERAGES
+    weights = list(state.wanted_weights(kind))
     moments = list(state.wanted_moments()) if with_optimizer else []
     _check_names(path, weights, moments, files, team, strict, _same_vocabulary(metadata.model, model))
 
     def fill() -> None:
         _fill(files, weights)
         state.masters_from_weights()
-        _fill(files, state.wanted_masters())
+        if kind is not WeightsKind.AVERAGES:
+            _fill(files, state.wanted_masters())
         _fill(files, moments)
+        if averages is not None:
+            averages.start_from_weights()
+            _fill(files, state.wanted_averages(averages_of_weights=kind is WeightsKind.BESIDE_AVERAGES))
 
     with torch.no_grad():
         team.do(what, fill)
@@ -199,7 +209,11 @@ def load(
         facts = lightning["optimizer_states"][0]
         state.restore_steps(facts["step"], facts["steps"])
         state.optimizer.restore_facts(facts)
-        if metadata.layout == layout.as_dict() and metadata.world_size == team.size:
+        same_layout = metadata.layout == layout.as_dict() and metadata.world_size == team.size
+        if state.window is not None:
+            window = state.window
+            team.do(what, lambda: window.restore(files, facts, same_layout=same_layout))
+        if same_layout:
             rng.restore(_random_states(files, team.rank))
     return lightning
 
