@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, override
 
@@ -145,11 +146,14 @@ class MegatronModule(pl.LightningModule):
 
     @override
     def configure_model(self) -> None:
-        """Build this rank's chunks, unless they are there already. Weights survive a new Trainer of the same layout."""
+        """Build this rank's chunks, unless they are there already.
+
+        Weights, and which of them are frozen, survive a new Trainer of the same layout.
+        """
         context = self.strategy.build_context
         if self._built_in is context:
             return
-        weights = None
+        weights, frozen = None, set()
         if self._built_in is not None:
             if self._built_in.layout != context.layout:
                 raise ModuleError(
@@ -157,6 +161,7 @@ class MegatronModule(pl.LightningModule):
                     f"{context.layout} in place. Save a checkpoint, make a new module, and pass ckpt_path=..."
                 )
             weights = self.chunks.state_dict()
+            frozen = {name for name, parameter in self.chunks.named_parameters() if not parameter.requires_grad}
         with torch.random.fork_rng(devices=()):  # initial weights leave the generators of dropout and data alone
             drawn = replace(context, perform_initialization=weights is None and self.draws_initial_weights)
             self.chunks = torch.nn.ModuleList(self.build_chunks(drawn))
@@ -166,9 +171,29 @@ class MegatronModule(pl.LightningModule):
             add_adapters(self.chunks, self.lora, context.seed)
         if weights is not None:
             self.chunks.load_state_dict(weights)
+            for name, parameter in self.chunks.named_parameters():
+                parameter.requires_grad_(name not in frozen)
         else:
             self.fill_new_chunks()
         self._built_in = context
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MegatronModule:
+        """A copy with weights of its own, 16-bit ones as float32, for averages of weights.
+
+        It refers to no process groups, and computes nothing until a Trainer builds its chunks, with the same weights.
+        """
+        from lightning_megatron.backends.weights_copy import copy_weights
+
+        copied: MegatronModule = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        for chunk in self.chunks:
+            copy_weights(chunk, memo)
+        context, engine = self._built_in, self._predicting
+        memo |= {id(part): part for part in (context, engine) if part is not None}
+        copied.__setstate__(deepcopy(self.__getstate__(), memo))
+        # Equal and not the same, so that configure_model builds the copy's own chunks.
+        copied._built_in, copied._predicting = None if context is None else replace(context), None
+        return copied
 
     @override
     def configure_optimizers(self) -> Any:

@@ -15,6 +15,7 @@ from typing import Any, override
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -25,10 +26,11 @@ from torch.utils.data import DataLoader
 
 from lightning_megatron.auto import Choice, choose
 from lightning_megatron.auto_inputs import constraints_of, devices_of, work_of
-from lightning_megatron.backends import core, rng
+from lightning_megatron.backends import core, optimizer_state, rng
 from lightning_megatron.backends.group_sets import GroupSet, group_set
 from lightning_megatron.backends.groups import abort_all, leave_at_exit, recorded, stay_at_exit
 from lightning_megatron.backends.rendezvous import meet, stay_on_loopback
+from lightning_megatron.checkpoint.averages import Averages, keep_averages, swa_has_begun
 from lightning_megatron.checkpoint.io import load, load_weights, snapshot
 from lightning_megatron.checkpoint.metadata import HasTokenizer
 from lightning_megatron.checkpoint.publish import local_path
@@ -40,6 +42,7 @@ from lightning_megatron.errors import LayoutError, ModuleError
 from lightning_megatron.evaluation import ReduceAtEpochEnd, sync_over_replicas
 from lightning_megatron.gradients import Gradients, unwrap
 from lightning_megatron.layout import ParallelLayout
+from lightning_megatron.lightning_callbacks import check_callbacks
 from lightning_megatron.liveness import PeerWatch
 from lightning_megatron.liveness.lightning import TogetherOnSignal, blame, open_watch
 from lightning_megatron.models.fused import check_float8
@@ -52,6 +55,7 @@ from lightning_megatron.read_ahead import batches_to_come
 from lightning_megatron.replica import ReplicaDataLoader, ReplicaGroups
 from lightning_megatron.schedule import Batch, Schedule, StepResult
 from lightning_megatron.totals import on_device
+from lightning_megatron.trained_parameters import follow_tied_weight
 
 DEFAULT_SEED = 1234
 
@@ -236,6 +240,11 @@ class MegatronStrategy(DDPStrategy):
         if self._undecided:
             self._decide()
         self._initialise_groups()
+        assert self.lightning_module is not None
+        callbacks = self.lightning_module.trainer.callbacks  # type: ignore[attr-defined]
+        check_callbacks(callbacks)
+        if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
+            self.lightning_module.configure_model()  # the callback copies the model before Lightning builds it
 
     @override
     def setup_distributed(self) -> None:
@@ -294,6 +303,7 @@ class MegatronStrategy(DDPStrategy):
             loader.ahead.use()
         if self._signals is not None:
             self._signals.before_batch()
+        self._begin_gradients(batch_idx)
 
     def _decide(self) -> None:
         """Take what the planner chooses on rank 0, which all ranks hear of, as of an error."""
@@ -401,6 +411,7 @@ class MegatronStrategy(DDPStrategy):
             chunks = [core.Float16Module(core.get_model_config(chunk), chunk) for chunk in chunks]
         if not training:
             return chunks
+        follow_tied_weight([unwrap(chunk) for chunk in chunks], self.build_context.groups)
         self._gradients = Gradients(chunks, self.build_context.groups, self._ddp_config())
         return self._gradients.chunks
 
@@ -424,14 +435,15 @@ class MegatronStrategy(DDPStrategy):
 
     def build_optimizer(self, config: OptimizerConfig) -> MegatronOptimizer:
         """Megatron's optimizer over this rank's weights; for ``configure_optimizers``."""
-        return build_optimizer(
-            config,
-            self._chunks,
-            self.precision_plugin,
-            self.build_context.groups,
-            use_distributed_optimizer=self.use_distributed_optimizer,
-            overlap_param_gather=self._ddp_options["overlap_param_gather"],
-        )
+        with nullcontext() if self._gradients is None else self._gradients.all_training():
+            return build_optimizer(
+                config,
+                self._chunks,
+                self.precision_plugin,
+                self.build_context.groups,
+                use_distributed_optimizer=self.use_distributed_optimizer,
+                overlap_param_gather=self._ddp_options["overlap_param_gather"],
+            )
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
@@ -515,13 +527,43 @@ class MegatronStrategy(DDPStrategy):
         """Ranks that hold the same part of the model; the world before there are any."""
         return None if self._context is None else self._context.groups.dp
 
+    def _begin_gradients(self, batch_idx: int) -> None:
+        """Begin a window where Lightning would set gradients to zero."""
+        assert self._gradients is not None
+        assert self.lightning_module is not None
+        if batch_idx == 0 or not self._gradients.checked:
+            self._gradients.begin_epoch(self.team.share)
+        if batch_idx % self.lightning_module.trainer.accumulate_grad_batches == 0:
+            self._gradients.begin_window()
+            self.megatron_optimizer.zeroed = False
+
+    @override
+    def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
+        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        if keep_averages(self.lightning_module.trainer.callbacks):  # type: ignore[union-attr]
+            with self.gathered_weights():
+                pass  # the callbacks read them next
+        return output
+
+    @override
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        """Lightning comes here with every loss that ``training_step`` returns, and not if that is ``None``."""
+        if self._gradients is not None:
+            self._gradients.loss_is_there()
+
     def _gradients_are_looked_at(self) -> bool:
         """Whether anyone may read gradients before the optimizer does, which can divide them while it reads them.
 
-        A callback that has such a hook but needs no values says so by ``reads_gradients = False``.
+        They are ``parameter.grad`` then. A callback that has such a hook but needs no values says so by
+        ``reads_gradients = False``.
         """
         module = self.lightning_module
         assert module is not None
+        if any(
+            getattr(type(module), hook) is not getattr(pl.LightningModule, hook)
+            for hook in ("configure_gradient_clipping", "optimizer_step")
+        ):
+            return True
         hooks = ("on_after_backward", "on_before_optimizer_step")
         return any(
             getattr(type(hooked), hook) is not getattr(base, hook) and getattr(hooked, "reads_gradients", True)
@@ -568,10 +610,14 @@ class MegatronStrategy(DDPStrategy):
         assert isinstance(self.lightning_module, MegatronModule)
         if not self._saver.ready():
             return
+        trainer = self.lightning_module.trainer
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
         with self.gathered_weights():
-            state = self._run_state(with_optimizer="optimizer_states" in checkpoint)
+            checkpoint, averages = Averages.take(checkpoint, self.lightning_module, callbacks)
+            state = self._run_state(with_optimizer="optimizer_states" in checkpoint, averages=averages)
+            if keep_averages(callbacks):
+                state.masters_follow_weights()
             description = self.lightning_module.describe()
-            trainer = self.lightning_module.trainer
             data = trainer.datamodule if self.is_global_zero else None  # type: ignore[attr-defined]
             self._saver.save(
                 snapshot(
@@ -591,16 +637,24 @@ class MegatronStrategy(DDPStrategy):
         assert isinstance(self.lightning_module, MegatronModule)
         self._saver.wait()
         fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        module, callbacks = self.lightning_module, self.lightning_module.trainer.callbacks  # type: ignore[attr-defined]
+        averages = Averages.to_fill(module, callbacks) if fitting else None
         with self.gathered_weights():
             checkpoint = load(
                 local_path(checkpoint_path),
-                self._run_state(with_optimizer=fitting),
+                self._run_state(with_optimizer=fitting, averages=averages.averages if averages else None),
                 self.lightning_module.describe(),
                 self.layout,
                 self._saver.team,
                 strict=self.lightning_module.strict_loading,
                 weights_only=weights_only,
+                averages=averages,
             )
+        if averages is not None:
+            averages.give(checkpoint, module, callbacks)
+            if swa_has_begun(checkpoint, callbacks):
+                self.lr_scheduler_configs.clear()  # the callback makes its own anew, which the checkpoint is of
+                optimizer_state.restore_rates(self.megatron_optimizer.core, checkpoint["optimizer_states"][0])
         if fitting:
             self._restore_data_position(checkpoint)
         return checkpoint
@@ -665,11 +719,13 @@ class MegatronStrategy(DDPStrategy):
         assert self._groups is not None
         return self._groups.named(name, lambda: dist.new_group(backend="gloo", timeout=self._collective_timeout))
 
-    def _run_state(self, *, with_optimizer: bool) -> RunState:
+    def _run_state(self, *, with_optimizer: bool, averages: Averages | None = None) -> RunState:
         return RunState(
             [unwrap(chunk) for chunk in self._chunks],
             self.megatron_optimizer if with_optimizer and self.optimizers else None,
             self.build_context.groups,
+            self._gradients,
+            averages,
         )
 
     @contextmanager

@@ -42,9 +42,7 @@ class Window:
         if not schedules:
             return {}
         weights = {name: float(weight) for name, weight in self._gradients.term_weights.items()}
-        return {
-            "window": {"schedules": schedules, "loss_scale": self._gradients.loss_scale(), "term_weights": weights}
-        }
+        return {"window": {"schedules": schedules, "loss_scale": self._gradients.loss_scale(), "term_weights": weights}}
 
     def shards(self) -> Iterator[Shard]:
         """All gradients, and the tokens that they are to be divided by."""

@@ -1,0 +1,164 @@
+"""Lightning's callbacks that average weights, against torch's ``AveragedModel`` of a plain module."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
+
+from tests.checkpoint.runs import Case, make_module, make_trainer, tensors
+from tests.helpers import Record, SharedLoader
+
+TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+PP2 = {"pipeline_model_parallel_size": 2}
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+
+
+def average_of(kind: str) -> pl.Callback:
+    if kind == "ema":
+        return EMAWeightAveraging(decay=0.8)
+    if kind == "swa":
+        return StochasticWeightAveraging(swa_lrs=5e-3, swa_epoch_start=1, annealing_epochs=2)
+    return WeightAveraging()
+
+
+class TorchsAverage(pl.Callback):
+    """The same averages of a plain module, which is given the weights."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.averaged: AveragedModel | None = None
+
+    def plain(self, module: Any) -> torch.nn.Module:
+        with module.strategy.gathered_weights():
+            values = [parameter.detach().float().clone() for parameter in module.parameters()]
+        return torch.nn.ParameterList(values)
+
+    def update(self, module: Any) -> None:
+        plain = self.plain(module)
+        if self.averaged is None:
+            self.averaged = AveragedModel(plain, avg_fn=get_ema_avg_fn(0.8) if self.kind == "ema" else None)
+        self.averaged.update_parameters(plain)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        if self.kind != "swa":
+            self.update(pl_module)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if self.kind == "swa":
+            self.update(pl_module)
+
+
+class SaveAt(pl.Callback):
+    def __init__(self, path: Path | None, step: int) -> None:
+        self.path, self.step = path, step
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if self.path is not None and trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def run(
+    case: Case, kind: str, save: Path | None = None, resume: Path | None = None, validate: bool = False
+) -> tuple[list[float], dict[str, torch.Tensor], float, list[float]]:
+    """Losses, weights at the end, their distance from torch's averages, and what a validation measured."""
+    module, record, beside = make_module(), Record(), TorchsAverage(kind)
+    measured: list[float] = []
+
+    class Measure(pl.Callback):
+        def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+            measured.append(float(trainer.callback_metrics["val_loss"]))
+
+    callbacks = [record, beside, average_of(kind), SaveAt(save, 4), Measure()]
+    limits: dict[str, Any] = {"max_epochs": 4, "limit_train_batches": 2}
+    trainer = make_trainer(case, *callbacks, **limits)
+    loader = SharedLoader(module, length=16)
+    trainer.fit(module, loader, SharedLoader(module, length=8) if validate else None, ckpt_path=resume)
+    weights = {name: weight.detach().float().clone() for name, weight in module.named_parameters()}
+    error = float("nan")
+    if resume is None:
+        assert beside.averaged is not None
+        pairs = zip(weights.values(), beside.averaged.module.parameters(), strict=True)
+        error = max(float((one - other).abs().max()) for one, other in pairs)
+    return record.losses, weights, error, measured
+
+
+CASES = [
+    ("ema", Case(2, TP2)),
+    ("ema", Case(2, distributed=True, ddp=OVERLAP)),
+    ("swa", Case(2, PP2)),
+    pytest.param("ema", Case(), marks=pytest.mark.slow),
+    pytest.param("ema", Case(2, PP2), marks=pytest.mark.slow),
+    pytest.param("mean", Case(2, TP2), marks=pytest.mark.slow),
+    pytest.param("mean", Case(4, PP2, distributed=True, ddp=OVERLAP), marks=pytest.mark.slow),
+    pytest.param("swa", Case(), marks=pytest.mark.slow),
+    pytest.param("swa", Case(2, TP2), marks=pytest.mark.slow),
+    pytest.param("swa", Case(2, distributed=True, ddp=OVERLAP), marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("kind", "case"), CASES)
+def test_averages_are_torchs_and_resume_exactly(kind: str, case: Case, ranks: Any, tmp_path: Path) -> None:
+    straight = ranks.run(run, case.world, case, kind, tmp_path / "saved")
+    then = ranks.run(run, case.world, case, kind, None, tmp_path / "saved")
+    for (losses, weights, error, _), (later, others, _, _) in zip(straight, then, strict=True):
+        assert error < 1e-6
+        assert losses[4:] == later
+        assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ema", "swa"])
+def test_averages_go_to_another_layout(kind: str, ranks: Any, tmp_path: Path) -> None:
+    ranks.run(run, 2, Case(2, TP2), kind, tmp_path / "saved")
+    straight = ranks.run(run, 1, Case(), kind)[0]
+    for case in (Case(), Case(2, PP2), Case(2, distributed=True, ddp=OVERLAP)):
+        for losses, weights, _, _ in ranks.run(run, case.world, case, kind, None, tmp_path / "saved"):
+            assert losses == pytest.approx(straight[0][4:], abs=2e-6)
+            if case.world == 1 or case.distributed:
+                for name, weight in weights.items():
+                    torch.testing.assert_close(weight, straight[1][name], rtol=0, atol=2e-4)
+
+
+def bf16_and_validation(path: Path) -> None:
+    case = Case(2, distributed=True, ddp=OVERLAP, precision="bf16-mixed")
+    losses, _, _, measured = run(case, "ema", path, validate=True)
+    same_losses, _, error, _ = run(case, "ema")
+    assert error <= 2.0**-8  # of averages around 1, which are rounded to bf16 where they are used
+    assert losses == same_losses  # a validation leaves the weights as they were
+    _, _, _, later = run(case, "ema", None, path, validate=True)
+    assert measured[-1] == pytest.approx(later[-1], abs=1e-4)
+    # Without the callback a checkpoint has the averages, as with Lightning's own strategies.
+    module = make_module()
+    trainer = make_trainer(case, max_epochs=4)
+    metrics = trainer.validate(module, SharedLoader(module, length=8), ckpt_path=path)[0]
+    assert metrics["val_loss"] == pytest.approx(measured[1], abs=1e-4)
+    assert tensors(path)["decoder.layers.mlp.linear_fc1.weight"].dtype == torch.float32
+
+
+def copied() -> None:
+    module = make_module()
+    loader = SharedLoader(module, length=16)
+    trainer = make_trainer(Case(), max_steps=1)
+    trainer.fit(module, loader)
+    copy = deepcopy(module)
+    for (name, one), (other_name, other) in zip(module.named_parameters(), copy.named_parameters(), strict=True):
+        assert name == other_name
+        assert one.data_ptr() != other.data_ptr()
+        assert torch.equal(one, other)
+    assert list(module.state_dict()) == list(copy.state_dict())
+    measured = trainer.validate(module, loader)[0]
+    again = make_trainer(Case(), max_steps=1)
+    copy_loader = SharedLoader(copy, length=16)
+    assert again.validate(copy, copy_loader)[0] == measured
+
+
+def test_copies_and_16_bits(ranks: Any, tmp_path: Path) -> None:
+    ranks.run(copied, 1)
+    ranks.run(bf16_and_validation, 2, tmp_path / "bf16")
