@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
-from tests.checkpoint.runs import Case, make_module, make_trainer, tensors
+from tests.checkpoint.runs import Case, make_module, make_trainer
 from tests.helpers import Record, SharedLoader
 
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
@@ -126,20 +126,15 @@ def test_averages_go_to_another_layout(kind: str, ranks: Any, tmp_path: Path) ->
                     torch.testing.assert_close(weight, straight[1][name], rtol=0, atol=2e-4)
 
 
-def bf16_and_validation(path: Path) -> None:
-    case = Case(2, distributed=True, ddp=OVERLAP, precision="bf16-mixed")
-    losses, _, _, measured = run(case, "ema", path, validate=True)
-    same_losses, _, error, _ = run(case, "ema")
-    assert error <= 2.0**-8  # of averages around 1, which are rounded to bf16 where they are used
-    assert losses == same_losses  # a validation leaves the weights as they were
-    _, _, _, later = run(case, "ema", None, path, validate=True)
-    assert measured[-1] == pytest.approx(later[-1], abs=1e-4)
+def validated(path: Path) -> None:
+    case = Case(2, distributed=True, ddp=OVERLAP)
+    losses, _, error, measured = run(case, "ema", path, validate=True)
+    assert error < 1e-6
+    assert losses == run(case, "ema")[0]  # a validation leaves the weights as they were
     # Without the callback a checkpoint has the averages, as with Lightning's own strategies.
     module = make_module()
-    trainer = make_trainer(case, max_epochs=4)
-    metrics = trainer.validate(module, SharedLoader(module, length=8), ckpt_path=path)[0]
-    assert metrics["val_loss"] == pytest.approx(measured[1], abs=1e-4)
-    assert tensors(path)["decoder.layers.mlp.linear_fc1.weight"].dtype == torch.float32
+    metrics = make_trainer(case).validate(module, SharedLoader(module, length=8), ckpt_path=path)[0]
+    assert metrics["val_loss"] == pytest.approx(measured[1], abs=1e-6)
 
 
 def copied() -> None:
@@ -159,6 +154,6 @@ def copied() -> None:
     assert again.validate(copy, copy_loader)[0] == measured
 
 
-def test_copies_and_16_bits(ranks: Any, tmp_path: Path) -> None:
+def test_copies_and_validation(ranks: Any, tmp_path: Path) -> None:
     ranks.run(copied, 1)
-    ranks.run(bf16_and_validation, 2, tmp_path / "bf16")
+    ranks.run(validated, 2, tmp_path / "saved")
