@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from lightning_megatron.errors import CheckpointError
+from lightning_megatron.json_files import read_object
 
 FILE = "lightning_megatron.json"
 FORMAT = 2
@@ -84,10 +85,12 @@ class CheckpointMetadata:
                 + (remedy if foreign else "")
             )
         try:
-            data = json.loads((directory / FILE).read_text())
-            found = data.get("format", 0)
-        except (ValueError, AttributeError) as error:
-            raise CheckpointError(f"{directory / FILE} is damaged: {error}.") from error
+            data = read_object(directory / FILE, 64 * 2**20)
+        except (ValueError, OSError) as error:
+            raise CheckpointError(f"{directory / FILE} is damaged: {error}. Load another checkpoint.") from error
+        found = data.get("format", 0)
+        if not isinstance(found, int):
+            raise CheckpointError(f"{directory / FILE} is damaged: format={found!r:.60}. Load another checkpoint.")
         if found != FORMAT:
             advice = "Upgrade lightning_megatron" if found > FORMAT else "Load it with the version that wrote it"
             raise CheckpointError(
@@ -95,8 +98,30 @@ class CheckpointMetadata:
             )
         if data.pop("crc32", None) != _crc32(data):
             raise CheckpointError(f"{directory / FILE} is damaged: its own checksum does not match.")
+        try:
+            return cls._checked(data)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(
+                f"{directory / FILE} is damaged: it does not hold what this format has ({error}). Load another "
+                "checkpoint."
+            ) from error
+
+    @classmethod
+    def _checked(cls, data: dict[str, Any]) -> CheckpointMetadata:
+        """The metadata of the JSON's fields, whose checksum anyone can make."""
         files = {name: FileSum(**total) for name, total in data.pop("files").items()}
-        return cls(**data, files=files)
+        for name, total in files.items():
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError(f"it names {name!r}, a file outside of the checkpoint")
+            if not isinstance(total.size, int) or not isinstance(total.crc32, int):
+                raise TypeError(f"size and checksum of {name!r} are no whole numbers")
+        found = cls(**data, files=files)
+        for field_name in ("model", "layout", "versions", "tokenizer"):
+            if not isinstance(getattr(found, field_name), dict):
+                raise TypeError(f"{field_name} has no fields")
+        if not isinstance(found.world_size, int):
+            raise TypeError(f"world_size={found.world_size!r:.60}")
+        return found
 
 
 def _crc32(data: dict[str, Any]) -> int:

@@ -165,6 +165,8 @@ def convert(document: Mapping[str, Any], *, num_layers: int, micro_batch_size: i
         )
     table = _Translation()
     section = document.get("megatron_lm_config") or {}
+    if not isinstance(section, Mapping):
+        raise ValueError(f"megatron_lm_config={section!r:.60}, but it must hold fields.")
     for key, value in document.items():
         if key in ("megatron_lm_config", "distributed_type"):
             continue
@@ -177,6 +179,19 @@ def convert(document: Mapping[str, Any], *, num_layers: int, micro_batch_size: i
     for key, value in section.items():
         table.field(key, value)
     return table.finish(num_layers, micro_batch_size)
+
+
+def _plain(key: str, value: Any) -> Any:
+    """A value as it is, if it is a number, a truth value, plain text or nothing.
+
+    Raises:
+        ValueError: a list or a mapping, which Hydra could take for an object to make; or text that it would resolve.
+    """
+    if value is not None and not isinstance(value, (bool, int, float, str)):
+        raise ValueError(f"{key} is a {type(value).__name__}, but must be a single number, text, true or false.")
+    if isinstance(value, str) and ("${" in value or "???" in value or not value.isprintable()):
+        raise ValueError(f"{key}={value!r:.80} has control characters, '${{' or '???', which are no plain text.")
+    return value
 
 
 class _Translation:
@@ -195,6 +210,7 @@ class _Translation:
         self.untranslated.append(Untranslated(key, value, reason))
 
     def machine(self, key: str, value: Any) -> None:
+        _plain(key, value)
         if key == "mixed_precision":
             if str(value) not in _PRECISIONS:
                 raise unknown("mixed_precision", value, _PRECISIONS)
@@ -207,8 +223,10 @@ class _Translation:
     def field(self, key: str, value: Any) -> None:
         name = key.removeprefix(_PREFIX)
         if name == "other_megatron_args":
+            if not isinstance(value or {}, Mapping):
+                raise ValueError(f"{key}={value!r:.60}, but it must hold arguments by name.")
             for argument, given in (value or {}).items():
-                self.other(argument, given)
+                self.other(str(argument), _plain(f"{key}.{argument}", given))
         elif name in UNTRANSLATED:
             self.drop(key, value, UNTRANSLATED[name])
         elif name not in TRANSLATED:
@@ -216,7 +234,7 @@ class _Translation:
         elif value is None:
             self.take(key, {})  # Accelerate's default, which is ours too or is not set
         else:
-            self.take(key, TRANSLATED[name](value))
+            self.take(key, TRANSLATED[name](_plain(key, value)))
 
     def other(self, argument: str, value: Any) -> None:
         """One of Megatron-LM's own arguments, which Accelerate passes on unseen."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_megatron.cli.accelerate import Conversion, convert
+from lightning_megatron.json_files import read_bounded
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.models.config import GPTConfig
 from lightning_megatron.planner.hardware import unknown
@@ -242,8 +243,11 @@ def _from_accelerate(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"There is no file --from-accelerate={path}. `accelerate config` writes one.")
     try:
-        document = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        text = read_bounded(path, 2**20).decode()
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise ValueError(f"{path} has YAML aliases (*name), which can grow without bound. Write the values out.")
+        document = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path} is no YAML: {error}") from error
     if not isinstance(document, dict):
         raise ValueError(f"{path} holds no Accelerate configuration, but {type(document).__name__}.")

@@ -129,7 +129,10 @@ def tokenizer_of(checkpoint: Path, given: str | None) -> Any:
     named = CheckpointMetadata.read(checkpoint).tokenizer
     if not named.get("source"):
         raise CheckpointError(f"{checkpoint} names no tokenizer. Give one.")
-    tokenizer = load_tokenizer(named["source"])
+    try:
+        tokenizer = load_tokenizer(named["source"], local_only=True)  # a checkpoint's word opens no connection
+    except DataError as error:
+        raise DataError(f"{error} {checkpoint} names it; give another, or this one by hand, as tokenizer.") from error
     if not tokenizer_identity(tokenizer).startswith(named["identity"]):
         raise DataError(
             f"The tokenizer in {named['source']} is not the one that {checkpoint} was trained with any more."

@@ -89,11 +89,19 @@ def _run(argv: Sequence[str] | None) -> int:
     if chosen is not None and not chosen.startswith("-") and chosen not in available():
         print(f"error: {unknown('command', chosen, available())}", file=sys.stderr)
         return 2
+    if chosen == "convert":  # Accelerate's and Megatron-LM's guides write --load_path
+        arguments = [_with_dashes(argument) for argument in arguments]
     parsed, surplus = parser.parse_known_args(arguments)
     if surplus:
         _refuse(subparsers.choices[parsed.command], surplus)
     run = getattr(parsed, "run", None) or importlib.import_module(f"lightning_megatron.cli.{parsed.command}").run
     return int(run(parsed) or 0)
+
+
+def _with_dashes(argument: str) -> str:
+    """An option whose name is written with underscores, by its name with dashes."""
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else argument
 
 
 def _refuse(command: argparse.ArgumentParser, surplus: Sequence[str]) -> NoReturn:

@@ -88,8 +88,12 @@ def train_byte_level_bpe(
     return path
 
 
-def load_tokenizer(source: PathLike | Tokenizer) -> Any:
+def load_tokenizer(source: PathLike | Tokenizer, *, local_only: bool = False) -> Any:
     """A tokenizer from an `AutoTokenizer` directory or name, a `tokenizers` JSON file, or itself if it is one already.
+    Code of the tokenizer's own is never run, and never asked about.
+
+    Args:
+        local_only: Take a name from the local cache alone, without the network.
 
     Raises:
         DataError: Nothing that can be loaded is there.
@@ -106,7 +110,8 @@ def load_tokenizer(source: PathLike | Tokenizer) -> Any:
             return tokenizer
         if not path.exists() and (path.is_absolute() or len(path.parts) > 2 or path.parts[0] in (".", "..")):
             raise FileNotFoundError("it does not exist")  # which transformers would take for a name on the hub
-        return AutoTokenizer.from_pretrained(os.fspath(source))
+        # Without trust_remote_code transformers asks on the terminal, and runs the code on "y".
+        return AutoTokenizer.from_pretrained(os.fspath(source), trust_remote_code=False, local_files_only=local_only)
     except Exception as error:  # transformers and tokenizers raise many kinds, some of them plain Exception
         reason = " ".join(str(error).split()).rstrip(".")
         raise DataError(

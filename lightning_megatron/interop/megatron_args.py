@@ -33,10 +33,19 @@ def described(model: Mapping[str, Any], where: Any) -> Identity:
     if kind is None:
         raise CheckpointError(f"{where} holds a {model.get('module')}; only {', '.join(CONFIGS)} can be converted.")
     known = {field.name for field in fields(kind)}
+    if not isinstance(model.get("config"), Mapping):
+        raise CheckpointError(f"{where} is damaged: its model has no configuration. Load another checkpoint.")
     unknown = sorted(set(model["config"]) - known)
     if unknown:
         raise CheckpointError(f"{where} has the fields {unknown}, which this version's {kind.__name__} does not.")
-    return Identity(kind.from_checkpoint(model["config"]), model.get("hugging_face") or {})
+    try:
+        config = kind.from_checkpoint(model["config"])
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{where} is damaged: its configuration is none: {error}. Load another.") from error
+    hugging_face = model.get("hugging_face") or {}
+    if not isinstance(hugging_face, Mapping):
+        raise CheckpointError(f"{where} is damaged: its hugging_face has no fields. Load another checkpoint.")
+    return Identity(config, hugging_face)
 
 
 def to_args(
@@ -87,6 +96,8 @@ def to_args(
         "bert_binary_head": isinstance(config, BertConfig) and config.add_binary_head,
         "relative_attention_num_buckets": config.relative_attention_num_buckets if t5 else 32,
         "relative_attention_max_distance": config.relative_attention_max_distance if t5 else 128,
+        # Converters of transformers ask for it; the tokenizer's files are not in the checkpoint.
+        "tokenizer_type": "BertWordPieceLowerCase" if isinstance(config, BertConfig) else "GPT2BPETokenizer",
         "vocab_size": config.vocab_size,
         "orig_vocab_size": config.vocab_size,
         "padded_vocab_size": config.padded_vocab_size(layout.tensor_model_parallel_size),

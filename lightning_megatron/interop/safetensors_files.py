@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightning_megatron.errors import CheckpointError
+from lightning_megatron.json_files import read_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -66,12 +67,12 @@ def open_directory(directory: Path) -> dict[str, StoredTensor]:
         CheckpointError: no safetensors there, a shard that the index names is missing or cut short, or one that lacks a
             tensor.
     """
-    if not (directory / INDEX_FILE).is_file():
-        if not (directory / SINGLE_FILE).is_file():
-            raise CheckpointError(_nothing(directory))
+    if (directory / SINGLE_FILE).is_file():  # also beside an index, which is then stale; transformers does the same
         return _open_file(directory / SINGLE_FILE)
+    if not (directory / INDEX_FILE).is_file():
+        raise CheckpointError(_nothing(directory))
     try:
-        index: dict[str, str] = json.loads((directory / INDEX_FILE).read_text())["weight_map"]
+        index: dict[str, str] = read_object(directory / INDEX_FILE, 64 * 2**20)["weight_map"]
         names = sorted(set(index.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{directory / INDEX_FILE} is no index of safetensors shards: {error!r}.") from error
