@@ -88,7 +88,7 @@ def test_a_users_directory_adds_groups_options_and_fields(tmp_path: Path) -> Non
 def test_each_job_of_a_sweep_has_a_directory_of_its_own(tmp_path: Path) -> None:
     @recipe("pretrain")
     def write(config: Any) -> None:
-        Path(config.run_dir).mkdir(parents=True)
+        Path(config.run_dir).mkdir(parents=True, exist_ok=True)
         (Path(config.run_dir) / "optim").write_text(f"{config.optim.lr} {config.trainer.default_root_dir}")
 
     arguments = ["--multirun", f"run_dir={tmp_path}", "optim.lr=0.1,0.2", "parallel=single", DATA]
