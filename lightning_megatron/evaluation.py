@@ -9,7 +9,9 @@ from typing import Any, override
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.utils.data import DistributedSampler
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
@@ -139,6 +141,21 @@ def gather_from_replicas(state: Tensor, group: Any = None) -> list[Tensor]:
     if group is None and core.parallel_state.model_parallel_is_initialized():
         group = core.parallel_state.get_data_parallel_group()
     return gather_all_tensors(state, group)
+
+
+def warn_of_repeated_samples(loader: Any) -> None:
+    """Warn if the sampler of an evaluation gives some samples to two replicas, so that means count them twice."""
+    sampler = getattr(loader, "sampler", None)
+    if type(sampler) is not DistributedSampler:
+        return
+    repeated = sampler.total_size - len(sampler.dataset)  # type: ignore[arg-type]
+    if repeated > 0:
+        rank_zero_warn(
+            f"torch's DistributedSampler repeats {repeated} of {len(sampler.dataset)} samples, so that all "  # type: ignore[arg-type]
+            f"{sampler.num_replicas} replicas evaluate the same number, and means count them twice. Replicas may have "
+            "different numbers of batches here: set Trainer(use_distributed_sampler=False), and give the DataLoader a "
+            "sampler without repeats, such as lightning.pytorch.overrides.distributed.UnrepeatedDistributedSampler."
+        )
 
 
 def num_loaders(trainer: pl.Trainer) -> int:

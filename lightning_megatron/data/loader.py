@@ -1,5 +1,6 @@
 """The data loader that Lightning sees: optimizer steps as its length, consumed samples as its state."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -116,10 +117,17 @@ class _Padded(Dataset[Any]):
 
 
 def without_loss(sample: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a sample whose loss is masked: `loss_mask` 0 if it has one, `labels` ignored otherwise."""
+    """A copy of a sample whose loss is masked: `loss_mask` 0 if it has one, `labels` ignored otherwise.
+
+    BERT's label of the sentences' order, which has a loss of its own, is ignored too. Labels of a regression are NaN.
+    """
     masked = dict(sample)
+    for name in ("is_random", "next_sentence_label"):
+        if name in sample:
+            masked[name] = torch.full_like(torch.as_tensor(sample[name]), IGNORE, dtype=torch.int64)
     if "loss_mask" in sample:
         masked["loss_mask"] = torch.zeros_like(torch.as_tensor(sample["loss_mask"]))
     elif "labels" in sample:
-        masked["labels"] = torch.full_like(torch.as_tensor(sample["labels"]), IGNORE)
+        labels = torch.as_tensor(sample["labels"])
+        masked["labels"] = torch.full_like(labels, math.nan if labels.is_floating_point() else IGNORE)
     return masked

@@ -116,16 +116,18 @@ class BertModule(LanguageModelModule):
 
         Args:
             logits: ``[batch, num_labels]``
-            labels: ``[batch]``, or ``[batch, num_labels]``.
+            labels: ``[batch]``, or ``[batch, num_labels]``. Samples whose labels are NaN do not count.
         """
-        logits, count = logits.float(), logits.size(0)
+        logits = logits.float()
+        counts = ~labels.float().isnan().view(labels.size(0), -1).any(dim=1)
         if self.config.num_labels == 1:
-            return Loss(F.mse_loss(logits.view(-1), labels.float().view(-1), reduction="sum"), count)
+            squares = F.mse_loss(logits.view(-1), labels.float().view(-1).nan_to_num(), reduction="none")
+            return Loss((squares * counts).sum(), counts.sum())
         if labels.dim() == 1 and not labels.is_floating_point():
             counted = (labels != _IGNORED).sum()
             return Loss(F.cross_entropy(logits, labels, ignore_index=_IGNORED, reduction="sum"), counted)
-        each = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
-        return Loss(each.mean(dim=1).sum(), count)
+        each = F.binary_cross_entropy_with_logits(logits, labels.float().nan_to_num(), reduction="none")
+        return Loss((each.mean(dim=1) * counts).sum(), counts.sum())
 
     @override
     def pipeline_sequence_length(self, batch: Mapping[str, Any]) -> int:

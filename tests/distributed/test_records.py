@@ -9,10 +9,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from torchmetrics import CatMetric, SumMetric
 
 import lightning_megatron as lm
+from lightning_megatron.data.loader import GlobalBatchLoader
+from lightning_megatron.data.sampler import GlobalBatchSampler
+from lightning_megatron.evaluation import warn_of_repeated_samples
 from tests.helpers import SEQUENCE, plain_loader, quiet_trainer, tiny_config
 from tests.models import test_bert
 from tests.models.gradient_runs import Parts
@@ -179,3 +182,30 @@ def test_reductions_are_over_replicas(ranks: RankPool, layout: dict[str, Any]) -
         assert indices == list(range(16))
         assert gathered == [0, 1]
         assert decisions == [False, True]
+
+
+def padded(batch_size: int) -> tuple[float, float]:
+    """``val_loss`` of pre-training and of a regression, whose last batch holds padding samples."""
+    losses = []
+    for labels in (None, 1):
+        module = test_bert.make(num_layers=2, num_labels=labels)
+        batch = test_bert.batch(5)
+        if labels:
+            batch = {"input_ids": batch["input_ids"], "labels": torch.arange(5.0)}
+        samples = [{key: value[row] for key, value in batch.items()} for row in range(5)]
+        sampler = GlobalBatchSampler(5, batch_size, first_shuffled_epoch=None)
+        loader = GlobalBatchLoader(samples, sampler)  # type: ignore[arg-type]
+        trainer = quiet_trainer(strategy(), 1)
+        losses.append(trainer.validate(module, loader, verbose=False)[0]["val_loss"])
+    return losses[0], losses[1]
+
+
+def test_padding_samples_do_not_count(ranks: RankPool) -> None:
+    (whole,) = ranks.run(padded, 1, 5)
+    assert ranks.run(padded, 1, 4)[0] == pytest.approx(whole, rel=1e-6)
+
+
+def test_repeated_samples_are_named() -> None:
+    sampler: Any = DistributedSampler(range(27), num_replicas=2, rank=0)  # type: ignore[arg-type]
+    with pytest.warns(UserWarning, match="repeats 1 of 27 samples"):
+        warn_of_repeated_samples(DataLoader(range(27), sampler=sampler))  # type: ignore[arg-type]
