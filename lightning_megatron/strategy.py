@@ -15,10 +15,10 @@ from typing import Any, override
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
@@ -608,13 +608,12 @@ class MegatronStrategy(DDPStrategy):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         assert isinstance(self.lightning_module, MegatronModule)
-        if not self._saver.ready():
-            return
         trainer = self.lightning_module.trainer
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        weights_only = "optimizer_states" not in checkpoint
         with self.gathered_weights():
             checkpoint, averages = Averages.take(checkpoint, self.lightning_module, callbacks)
-            state = self._run_state(with_optimizer="optimizer_states" in checkpoint, averages=averages)
+            state = self._run_state(with_optimizer=not weights_only, averages=averages)
             if keep_averages(callbacks):
                 state.masters_follow_weights()
             description = self.lightning_module.describe()
@@ -629,8 +628,31 @@ class MegatronStrategy(DDPStrategy):
                     self._saver.team,
                     read_back=self._checkpoint_options.read_back,
                     tokenizer=data.tokenizer_description if isinstance(data, HasTokenizer) else None,
-                )
+                ),
+                step=trainer.global_step,
+                weights_only=weights_only,
+                must=trainer.should_stop or trainer.state.status == TrainerStatus.INTERRUPTED,
             )
+
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        if self._checkpoint_saver is not None:
+            self._checkpoint_saver.mend_links()  # ModelCheckpoint(save_last="link") comes here when it has linked
+        super().barrier(*args, **kwargs)
+
+    @override
+    def on_train_end(self) -> None:
+        """Make up for skipped saves of the last step, and let a failed background save end the fit with its error."""
+        super().on_train_end()
+        if self._checkpoint_saver is None:
+            return
+        trainer = self.lightning_module.trainer  # type: ignore[union-attr]
+        callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        last = {local_path(callback.last_model_path) for callback in callbacks if callback.last_model_path}
+        self._saver.wait()
+        for path, weights_only in self._saver.skipped(trainer.global_step, last):
+            trainer.save_checkpoint(path, weights_only)
+        self._saver.wait()
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import pickle
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from io import BytesIO
 from pathlib import Path
@@ -24,9 +25,9 @@ from torch import Tensor
 
 from lightning_megatron.backends import rng
 from lightning_megatron.checkpoint.averages import CURRENT, FillableAverages
-from lightning_megatron.checkpoint.metadata import CheckpointMetadata, FileSum, versions
+from lightning_megatron.checkpoint.metadata import CheckpointMetadata, FileSum, new_id, versions
 from lightning_megatron.checkpoint.names import Mismatch, shapes
-from lightning_megatron.checkpoint.publish import partial_path, publish, recover, remove, sync_files
+from lightning_megatron.checkpoint.publish import clean_up, new_partial, partial_path, publish, recover, sync_files
 from lightning_megatron.checkpoint.run_state import OPTIMIZER_PREFIX, RNG, RunState, Wanted, WeightsKind
 from lightning_megatron.checkpoint.shard_files import (
     Outline,
@@ -60,6 +61,9 @@ class Snapshot:
     read_back: bool = False
     """Read every file from the disk again before the checkpoint gets its name."""
 
+    id: str = field(default_factory=new_id)
+    """Of this checkpoint alone, the same on all ranks."""
+
     def with_tensors(self, tensors: Sequence[Tensor]) -> Snapshot:
         """The same of other memory."""
         return replace(self, tensors=tensors)
@@ -70,17 +74,22 @@ class Snapshot:
         Raises:
             CheckpointError: on every rank, if any failed. What was there under the name is untouched.
         """
-        partial = partial_path(self.path)
+        partial = partial_path(self.path, self.id[:8])
         what = f"Saving the checkpoint {self.path}"
-        try:
-            team.do(what, lambda: _prepare(partial) if team.first else None)
-            file = team.do(what, lambda: self._write_mine(partial / f"__{team.rank}_0.distcp"))
-            files = team.gather(file)
-            team.do(what, lambda: self._complete(partial, files) if team.first else None)
-        except CheckpointError:
-            if team.first:
-                shutil.rmtree(partial, ignore_errors=True)  # a full disk has room again
-            raise
+        with ExitStack() as lock:
+            try:
+                team.do(what, lambda: self._prepare(partial, lock) if team.first else None)
+                file = team.do(what, lambda: self._write_mine(partial / f"__{team.rank}_0.distcp"))
+                files = team.gather(file)
+                team.do(what, lambda: self._complete(partial, files) if team.first else None)
+            except CheckpointError:
+                if team.first:
+                    shutil.rmtree(partial, ignore_errors=True)  # a full disk has room again
+                raise
+
+    def _prepare(self, partial: Path, lock: ExitStack) -> None:
+        clean_up(self.path.parent)
+        lock.enter_context(new_partial(partial))
 
     def _write_mine(self, path: Path) -> WrittenFile:
         return write_file(path, self.tensors, read_back=self.read_back)
@@ -91,15 +100,10 @@ class Snapshot:
         sums = {file.name: FileSum(file.size, file.crc32) for file in files}
         others = [path for path in sorted(partial.iterdir()) if path.name not in sums]
         sums |= {path.name: FileSum.of(path) for path in others}
-        replace(self.metadata, files=sums).write(partial)
+        replace(self.metadata, id=self.id, files=sums).write(partial)
         sync_files(partial)
         ShardFiles.open(partial).check_whole(sums)
         publish(partial, self.path)
-
-
-def _prepare(partial: Path) -> None:
-    remove(partial)
-    partial.mkdir(parents=True)
 
 
 def snapshot(
@@ -124,7 +128,8 @@ def snapshot(
     reports = team.gather(([Outline.of(shard) for shard in shards], state.facts(), state.steps()))
     outlines = [report[0] for report in reports]
     shares = share_out(outlines)
-    mine = team.scatter(shares)
+    own_id = new_id()
+    mine, shared_id = team.scatter([(share, own_id) for share in shares])
     if state.optimizer is not None and team.first:
         lightning = lightning | {"optimizer_states": [_merge([report[1:] for report in reports])]}
     return Snapshot(
@@ -136,6 +141,7 @@ def snapshot(
         lightning=pickled(lightning) if team.first else b"",
         metadata=CheckpointMetadata(model, layout.as_dict(), team.size, versions(), tokenizer=tokenizer or {}),
         read_back=read_back,
+        id=shared_id,
     )
 
 

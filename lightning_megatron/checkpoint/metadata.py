@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import zlib
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -10,10 +11,12 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from lightning_megatron.errors import CheckpointError
-from lightning_megatron.json_files import read_object
+from lightning_megatron.json_files import parse_object, read_bounded
 
 FILE = "lightning_megatron.json"
-FORMAT = 2
+FORMAT = 3
+_READABLE = (2, 3)
+"""Format 2 has no ``id``, and its JSON is compared by value rather than by byte."""
 _FOREIGN = ("config.json", "latest_checkpointed_iteration.txt")
 """What directories of Hugging Face and of Megatron-LM have."""
 
@@ -60,12 +63,14 @@ class CheckpointMetadata:
     format: int = FORMAT
     tokenizer: dict[str, Any] = field(default_factory=dict)
     """Where the run's tokenizer is and what tells it from others, if the data module has one."""
+    id: str = ""
+    """Random, of this checkpoint alone; copies of a checkpoint share it."""
 
     def write(self, directory: Path) -> None:
         """Write the file into ``directory``."""
         data = asdict(self)
         data["crc32"] = _crc32(data)
-        (directory / FILE).write_text(json.dumps(data, indent=2, default=str) + "\n")
+        (directory / FILE).write_text(_text(data))
 
     @classmethod
     def read(cls, directory: Path) -> CheckpointMetadata:
@@ -79,31 +84,36 @@ class CheckpointMetadata:
         if not (directory / FILE).is_file():
             kind = "a directory without" if directory.is_dir() else "a file, not a directory with"
             foreign = any((directory / name).is_file() for name in _FOREIGN)
-            remedy = f" `lightning-megatron convert --load-path {directory} --to lightning --save-path NEW` makes one."
+            conversion = (
+                f" `lightning-megatron convert --load-path {directory} --to lightning --save-path NEW` makes one."
+            )
             raise CheckpointError(
                 f"{directory} is no whole checkpoint of lightning_megatron: it is {kind} {FILE}, which is written last."
-                + (remedy if foreign else "")
+                + (conversion if foreign else remedy(directory))
             )
         try:
-            data = read_object(directory / FILE, 64 * 2**20)
+            content = read_bounded(directory / FILE, 64 * 2**20)
+            data = parse_object(content)
         except (ValueError, OSError) as error:
-            raise CheckpointError(f"{directory / FILE} is damaged: {error}. Load another checkpoint.") from error
+            raise CheckpointError(f"{directory / FILE} is damaged: {error}.{remedy(directory)}") from error
         found = data.get("format", 0)
         if not isinstance(found, int):
-            raise CheckpointError(f"{directory / FILE} is damaged: format={found!r:.60}. Load another checkpoint.")
-        if found != FORMAT:
+            raise CheckpointError(f"{directory / FILE} is damaged: format={found!r:.60}.{remedy(directory)}")
+        whole = found != FORMAT or _text(data).encode() == content
+        if data.pop("crc32", None) != _crc32(data) and found in _READABLE:
+            whole = False
+        if not whole:
+            raise CheckpointError(f"{directory / FILE} is damaged: its own checksum does not match.{remedy(directory)}")
+        if found not in _READABLE:
             advice = "Upgrade lightning_megatron" if found > FORMAT else "Load it with the version that wrote it"
             raise CheckpointError(
-                f"{directory} has format {found}, but this version of lightning_megatron reads {FORMAT}. {advice}."
+                f"{directory} has format {found}, but this version of lightning_megatron reads {_READABLE}. {advice}."
             )
-        if data.pop("crc32", None) != _crc32(data):
-            raise CheckpointError(f"{directory / FILE} is damaged: its own checksum does not match.")
         try:
             return cls._checked(data)
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise CheckpointError(
-                f"{directory / FILE} is damaged: it does not hold what this format has ({error}). Load another "
-                "checkpoint."
+                f"{directory / FILE} is damaged: it does not hold what this format has ({error}).{remedy(directory)}"
             ) from error
 
     @classmethod
@@ -122,6 +132,23 @@ class CheckpointMetadata:
         if not isinstance(found.world_size, int):
             raise TypeError(f"world_size={found.world_size!r:.60}")
         return found
+
+
+def remedy(path: Path) -> str:
+    """What to do about a damaged checkpoint, to be put behind what is wrong with it."""
+    return (
+        " Copy the damaged files from a backup of this checkpoint again, or take another checkpoint; "
+        f"`lightning-megatron doctor {path}` lists all damage."
+    )
+
+
+def new_id() -> str:
+    """A random id of a checkpoint."""
+    return secrets.token_hex(16)
+
+
+def _text(data: dict[str, Any]) -> str:
+    return json.dumps(data, indent=2, default=str) + "\n"
 
 
 def _crc32(data: dict[str, Any]) -> int:

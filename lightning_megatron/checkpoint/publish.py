@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
+import re
+import secrets
 import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lightning_megatron.errors import CheckpointError
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_LEFT_BEHIND = re.compile(r"\..+\.[0-9a-f]{8}\.(partial|removed)")
+_OLD_LEFT_BEHIND = re.compile(r"\..+\.ckpt\.removed")
+"""As releases before checkpoint format 3 named them."""
+_STALE = 24 * 3600.0
+"""Seconds without a change after which a partial checkpoint is stale on a file system without locks."""
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
@@ -28,19 +39,38 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     return Path(rest if separator else path)
 
 
-def partial_path(path: Path) -> Path:
-    """Where the checkpoint for ``path`` is written. Lightning looks at no hidden names."""
-    return path.with_name(f".{path.name}.partial")
+def partial_path(path: Path, unique: str = "") -> Path:
+    """Where the checkpoint for ``path`` is written. Lightning looks at no hidden names.
+
+    Args:
+        unique: eight hexadecimal digits that keep apart two runs which save under the same name.
+    """
+    return path.with_name(f".{path.name}.{unique}.partial" if unique else f".{path.name}.partial")
+
+
+@contextmanager
+def new_partial(partial: Path) -> Iterator[None]:
+    """Make an empty directory, and lock it so that no other run takes it for one that a killed process left behind."""
+    remove(partial)
+    partial.mkdir(parents=True)
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def publish(source: Path, target: Path) -> None:
     """Put ``source`` in ``target``'s place; what was there before is removed after."""
-    if target.is_symlink():
-        target.unlink()  # as ModelCheckpoint(save_last="link") makes
-    if not target.exists():
+    if not os.path.lexists(target):
         os.rename(source, target)
     elif _exchange(source, target):
         remove(source)
+    elif target.is_symlink():  # as ModelCheckpoint(save_last="link") makes
+        target.unlink()
+        os.rename(source, target)
     else:
         # A file system without an exchange: between the two renames neither has the name, and `recover` gives it back.
         old = _old_path(target)
@@ -52,16 +82,25 @@ def publish(source: Path, target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Take the name away, then the contents."""
-    if path.is_symlink() or path.is_file():
-        path.unlink()
+    """Take the name away, then the contents. A path that is not there, or that another process removes, is no error."""
+    with suppress(FileNotFoundError):
+        if path.is_symlink() or path.is_file():
+            path.unlink()
+            return
+        doomed = path.with_name(f".{path.name.removeprefix('.')}.{secrets.token_hex(4)}.removed")
+        os.rename(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def clean_up(directory: Path) -> None:
+    """Remove what killed processes left behind while they saved or removed a checkpoint of ``directory``."""
+    if not directory.is_dir():
         return
-    if not path.exists():
-        return
-    doomed = path.with_name(f".{path.name.removeprefix('.')}.removed")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.rename(path, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    for path in directory.iterdir():
+        if path.is_symlink() or not path.is_dir():
+            continue
+        if _OLD_LEFT_BEHIND.fullmatch(path.name) or (_LEFT_BEHIND.fullmatch(path.name) and not _in_use(path)):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def recover(path: Path) -> None:
@@ -76,6 +115,25 @@ def sync_files(directory: Path) -> None:
     for path in directory.iterdir():
         _sync(path)
     _sync(directory)
+
+
+def _in_use(path: Path) -> bool:
+    """Whether a process that lives holds the lock of a partial checkpoint, or may hold it."""
+    if path.name.endswith(".removed"):
+        return False
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return True  # it is gone or not ours
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return time.time() - os.fstat(descriptor).st_mtime < _STALE
+    finally:
+        os.close(descriptor)
 
 
 def _old_path(path: Path) -> Path:
