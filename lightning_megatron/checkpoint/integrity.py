@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_megatron.checkpoint.metadata import FILE, CheckpointMetadata, FileSum
+from lightning_megatron.checkpoint.metadata import FILE, CheckpointMetadata, FileSum, remedy
 from lightning_megatron.checkpoint.run_state import OPTIMIZER_PREFIX, RNG
-from lightning_megatron.checkpoint.shard_files import ShardFiles
+from lightning_megatron.checkpoint.shard_files import CHECKSUM_FILE, INDEX_FILE, ShardFiles
 from lightning_megatron.errors import CheckpointError
+
+LIGHTNING_FILE = "lightning.pt"
+SHARD_SUFFIX = ".distcp"
+_SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,40 +53,106 @@ def contents(path: Path) -> Contents:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A checkpoint whose files, or a rank's share of them, have been compared with their checksums."""
+
+    metadata: CheckpointMetadata
+    files: ShardFiles
+    small: dict[str, bytes]
+    """Contents of the files that hold no shards, as they were checked."""
+
+
+def open_checked(path: Path, rank: int = 0, size: int = 1) -> Opened:
+    """Compare the files with the manifest, and open the checkpoint.
+
+    Every rank compares the files without shards, and each of the files with shards is read by one rank. Ranks of the
+    layout that wrote it compare what they are about to read.
+
+    Args:
+        rank: of
+        size: ranks that share the work.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is damaged.
+    """
+    metadata = CheckpointMetadata.read(path)
+    shards = sorted((name for name in metadata.files if name.endswith(SHARD_SUFFIX)), key=_by_rank)
+    mine = set(shards[rank::size])
+    small, damage = _compare(path, metadata, mine)
+    if damage:
+        raise CheckpointError(_describe(path, [*damage.values(), *_tensors_hit(path, damage)]))
+    files = ShardFiles.open(path, index=small.get(INDEX_FILE), checksums=small.get(CHECKSUM_FILE), trusted=mine)
+    unlisted = {chunk.file for chunks in files.chunks.values() for chunk in chunks} - set(shards)
+    if unlisted or LIGHTNING_FILE not in small:
+        missing = sorted(unlisted) or [LIGHTNING_FILE]
+        raise CheckpointError(_describe(path, [f"{FILE} has no checksum of {name}" for name in missing]))
+    files.check_whole(metadata.files)
+    return Opened(metadata, files, small)
+
+
 def verify(path: Path) -> list[str]:
-    """Read every byte; what is damaged, one line each, with the tensors that are hit. Nothing is unpickled."""
+    """Read every byte, as a load does; what is damaged, one line each, with the tensors that are hit."""
     try:
-        metadata = CheckpointMetadata.read(path)
+        open_checked(path)
     except CheckpointError as error:
-        return [str(error)]
-    damage: list[str] = []
-    suspects: set[str] = set()
+        return str(error).splitlines()
+    return []
+
+
+def _compare(
+    path: Path, metadata: CheckpointMetadata, shards: Collection[str]
+) -> tuple[dict[str, bytes], dict[str, str]]:
+    """Contents of small files, and what is wrong by file. Of files with shards that are not in ``shards``, the size."""
+    small: dict[str, bytes] = {}
+    damage: dict[str, str] = {}
     for name, total in metadata.files.items():
-        if not (path / name).is_file():
-            damage.append(f"{name} is missing")
+        file = path / name
+        if Path(name).name != name or not file.is_file():
+            damage[name] = f"{name} is missing"
             continue
-        found = FileSum.of(path / name)
+        try:
+            if name.endswith(SHARD_SUFFIX):
+                known = file.stat().st_size != total.size or name not in shards
+                found = FileSum(file.stat().st_size, total.crc32) if known else FileSum.of(file)
+            else:
+                small[name] = file.read_bytes()
+                found = FileSum(len(small[name]), zlib.crc32(small[name]))
+        except OSError as error:
+            damage[name] = f"{name} cannot be read: {error.strerror}"
+            continue
         if found.size != total.size:
-            damage.append(f"{name} has {found.size} bytes instead of {total.size}")
+            damage[name] = f"{name} has {found.size} bytes instead of {total.size}"
         elif found.crc32 != total.crc32:
-            damage.append(f"{name} does not have its checksum")
-        else:
-            continue
-        suspects.add(name)
-    strangers = sorted({file.name for file in path.iterdir()} - metadata.files.keys() - {FILE})
-    damage += [f"{name} is not part of the checkpoint" for name in strangers]
+            damage[name] = f"{name} does not have its checksum: it has changed, or is of another checkpoint"
+    return small, damage
+
+
+def _tensors_hit(path: Path, damage: Collection[str]) -> list[str]:
+    if INDEX_FILE in damage or CHECKSUM_FILE in damage:
+        return []
     try:
         files = ShardFiles.open(path)
-    except CheckpointError as error:
-        return [*damage, str(error)]
+    except CheckpointError:
+        return []
+    hit = []
     for chunks in files.chunks.values():
         for chunk in chunks:
-            if chunk.file in suspects:
+            if chunk.file in damage:
                 try:
                     files.load(chunk)
                 except CheckpointError as error:
-                    damage.append(f"{chunk.key} {list(chunk.box.offsets)}: {error}")
-    return damage
+                    hit.append(str(error).removesuffix(remedy(path)))
+    return hit if len(hit) <= _SHOWN else [*hit[:_SHOWN], f"and {len(hit) - _SHOWN} more tensors are damaged"]
+
+
+def _describe(path: Path, damage: Sequence[str]) -> str:
+    return "\n  ".join([f"The checkpoint {path} is damaged:", *damage]) + f"\n {remedy(path)}"
+
+
+def _by_rank(name: str) -> tuple[int, str]:
+    digits = name.removeprefix("__").partition("_")[0]
+    return (int(digits) if digits.isdecimal() else 0, name)
 
 
 def _numel(shape: tuple[int, ...]) -> int:

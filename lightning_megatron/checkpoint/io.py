@@ -10,7 +10,6 @@ A checkpoint directory holds
 
 from __future__ import annotations
 
-import pickle
 import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from lightning_megatron.backends import rng
 from lightning_megatron.checkpoint.averages import CURRENT, FillableAverages
+from lightning_megatron.checkpoint.integrity import LIGHTNING_FILE, open_checked
 from lightning_megatron.checkpoint.metadata import CheckpointMetadata, FileSum, new_id, versions
 from lightning_megatron.checkpoint.names import Mismatch, shapes
 from lightning_megatron.checkpoint.publish import clean_up, new_partial, partial_path, publish, recover, sync_files
@@ -37,11 +37,9 @@ from lightning_megatron.checkpoint.shard_files import (
 )
 from lightning_megatron.checkpoint.summed_file import WrittenFile, write_file
 from lightning_megatron.checkpoint.together import Team
+from lightning_megatron.checkpoint.trainer_state import read_trainer_state
 from lightning_megatron.errors import CheckpointError
 from lightning_megatron.layout import ParallelLayout
-
-LIGHTNING_FILE = "lightning.pt"
-
 
 # ------------------------------------------------------------------------------------------------------------- save
 
@@ -183,13 +181,13 @@ def load(
         averages: of weights, which a callback continues; the ``state`` has them too.
         strict: whether the names must be those of the model exactly. Shapes must in any case.
         weights_only: ``False`` lets the Trainer's state hold any Python object, which runs code of whoever wrote it;
-            otherwise only plain containers, numbers and tensors load.
+            otherwise only what :mod:`lightning_megatron.checkpoint.trainer_state` lists loads.
 
     Raises:
         CheckpointError: no whole checkpoint, a damaged one, or one of another model.
     """
     what = f"Loading the checkpoint {path}"
-    metadata, lightning, files = team.do(what, lambda: _open(path, weights_only))
+    metadata, lightning, files = team.do(what, lambda: _open(path, team, weights_only))
     with_optimizer = state.optimizer is not None and "optimizer_states" in lightning
     kind = WeightsKind.TRAINED
     if CURRENT in lightning:
@@ -239,7 +237,7 @@ def load_weights(
         CheckpointError: a weight that was asked for is missing there or has another shape, or none was asked for.
     """
     what = f"Loading weights of {path}"
-    metadata, _, files = team.do(what, lambda: _open(path, None))
+    metadata, _, files = team.do(what, lambda: _open(path, team, None))
 
     def asked_for(name: str) -> bool:
         return any(fnmatchcase(name, p) for p in include) and not any(fnmatchcase(name, p) for p in exclude)
@@ -264,27 +262,12 @@ def load_weights(
     return sorted(everywhere)
 
 
-def _open(path: Path, weights_only: bool | None) -> tuple[CheckpointMetadata, dict[str, Any], ShardFiles]:
+def _open(path: Path, team: Team, weights_only: bool | None) -> tuple[CheckpointMetadata, dict[str, Any], ShardFiles]:
+    """Open a checkpoint of which every file has been checked by some rank."""
     recover(path)
-    metadata = CheckpointMetadata.read(path)
-    for name, total in metadata.files.items():
-        size = (path / name).stat().st_size if (path / name).is_file() else None
-        if size != total.size:
-            found = "is missing" if size is None else f"has {size} bytes instead of {total.size}"
-            raise CheckpointError(f"The checkpoint {path} is damaged: {name} {found}.")
-    return metadata, _load_lightning(path / LIGHTNING_FILE, weights_only), ShardFiles.open(path)
-
-
-def _load_lightning(file: Path, weights_only: bool | None) -> dict[str, Any]:
-    try:
-        return torch.load(file, map_location="cpu", weights_only=weights_only is not False)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{file} holds Python objects other than plain containers, numbers and tensors, which could run code. If "
-            f"you trust it, pass weights_only=False. ({str(error).splitlines()[0]})"
-        ) from error
-    except (RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from error
+    opened = open_checked(path, team.rank, team.size)
+    state = read_trainer_state(path / LIGHTNING_FILE, opened.small[LIGHTNING_FILE], weights_only)
+    return opened.metadata, state, opened.files
 
 
 def _check_names(

@@ -99,8 +99,8 @@ class CheckpointMetadata:
         found = data.get("format", 0)
         if not isinstance(found, int):
             raise CheckpointError(f"{directory / FILE} is damaged: format={found!r:.60}.{remedy(directory)}")
-        whole = found != FORMAT or _text(data).encode() == content
-        if data.pop("crc32", None) != _crc32(data) and found in _READABLE:
+        whole = found > 0 and (found != FORMAT or _text(data).encode() == content)
+        if data.pop("crc32", None) != _crc32(data) and found != 1:  # which had none
             whole = False
         if not whole:
             raise CheckpointError(f"{directory / FILE} is damaged: its own checksum does not match.{remedy(directory)}")

@@ -1,8 +1,8 @@
 """The files of shards: torch's distributed checkpoint format, which is megatron-core's, written and read safely.
 
 Each rank writes one file, in which each shard is what ``torch.save`` makes of one tensor. ``.metadata`` is the index:
-pickled dataclasses of torch. It is read with an allow-list of those classes, and shards are read as bytes, so a
-checkpoint cannot run code.
+pickled dataclasses of torch. It is read without building them (:mod:`lightning_megatron.checkpoint.shard_index`), and
+shards are read as bytes, so a checkpoint cannot run code.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pickle
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
@@ -34,7 +34,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from lightning_megatron.backends.shards import Box, Shard, Sizes
-from lightning_megatron.checkpoint.metadata import FileSum
+from lightning_megatron.checkpoint.metadata import FileSum, remedy
+from lightning_megatron.checkpoint.shard_index import read_index
 from lightning_megatron.checkpoint.summed_file import WrittenFile
 from lightning_megatron.errors import CheckpointError
 
@@ -136,36 +137,13 @@ def write_index(
         pickle.dump(Metadata(tensors, storage_data=places), index)
     for name, text in _CORE_FILES.items():
         (directory / name).write_text(text)
-    torch.save({}, directory / "common.pt")
+    buffer = BytesIO()
+    torch.save({}, buffer)  # straight to the file it would hide why a write failed
+    (directory / "common.pt").write_bytes(buffer.getvalue())
     (directory / CHECKSUM_FILE).write_text(json.dumps({file.name: file.crcs for file, _ in written}))
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """Builds torch's dataclasses of a checkpoint's index, and nothing else."""
-
-    MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-    NAMES = frozenset(
-        (
-            *("Metadata", "MetadataIndex", "TensorStorageMetadata", "ChunkStorageMetadata", "BytesStorageMetadata"),
-            *("TensorProperties", "_MEM_FORMAT_ENCODING", "StorageMeta", "_StorageInfo", "_StoragePrefix"),
-        )
-    )
-    OTHERS = frozenset(
-        (
-            *(("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")),
-            # Megatron-LM's own remarks in its indices.
-            *(("pathlib", "PosixPath"), ("pathlib", "Path"), ("pathlib._local", "PosixPath")),
-        )
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if dtype or (module in self.MODULES and name in self.NAMES) or (module, name) in self.OTHERS:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
 @dataclass(frozen=True)
@@ -181,38 +159,55 @@ class ShardFiles:
     objects: dict[str, StoredObject]
     """What is not a tensor; this package writes none."""
 
+    trusted: frozenset[str] = frozenset()
+    """Files that this process has compared with their checksums; their chunks are not summed again."""
+
     @classmethod
-    def open(cls, directory: Path) -> ShardFiles:
+    def open(
+        cls,
+        directory: Path,
+        *,
+        index: bytes | None = None,
+        checksums: bytes | None = None,
+        trusted: Collection[str] = (),
+    ) -> ShardFiles:
         """Read the index.
+
+        Args:
+            index: the contents of the index, if they have been read, and
+            checksums: those of the file with the checksums of chunks.
 
         Raises:
             CheckpointError: no index, a damaged one, or one that holds something other than an index.
         """
         try:
-            index = _IndexUnpickler(BytesIO((directory / INDEX_FILE).read_bytes())).load()
-            shapes = {key: tuple(tensor.size) for key, tensor in _tensors(index)}
-            dtypes = {key: tensor.properties.dtype for key, tensor in _tensors(index)}
-            chunks: dict[str, list[StoredChunk]] = {key: [] for key in shapes}
-            sizes = {
-                (key, tuple(chunk.offsets)): tuple(chunk.sizes)
-                for key, tensor in _tensors(index)
-                for chunk in tensor.chunks
-            }
+            tensors, places = read_index((directory / INDEX_FILE).read_bytes() if index is None else index)
+            chunks: dict[str, list[StoredChunk]] = {key: [] for key in tensors}
             objects: dict[str, StoredObject] = {}
-            for at, place in index.storage_data.items():
-                file, start, length = str(place.relative_path), int(place.offset), int(place.length)
-                if at.fqn in chunks:
-                    offsets = tuple(at.offset or ())
-                    chunks[at.fqn].append(
-                        StoredChunk(at.fqn, Box(offsets, sizes[at.fqn, offsets]), file, start, length)
-                    )
+            for at in places:
+                if at.key in tensors:
+                    offsets = at.offsets or ()
+                    box = Box(offsets, tensors[at.key].boxes[offsets])
+                    chunks[at.key].append(StoredChunk(at.key, box, at.file, at.start, at.length))
                 else:
-                    objects[at.fqn] = StoredObject(file, start, length)
-            return cls(directory, shapes, dtypes, chunks, _checksums(directory, chunks), objects)
+                    objects[at.key] = StoredObject(at.file, at.start, at.length)
+            if checksums is None and (directory / CHECKSUM_FILE).is_file():
+                checksums = (directory / CHECKSUM_FILE).read_bytes()
+            return cls(
+                directory,
+                {key: tensor.shape for key, tensor in tensors.items()},
+                {key: tensor.dtype for key, tensor in tensors.items()},
+                chunks,
+                _checksums(checksums, chunks),
+                objects,
+                frozenset(trusted),
+            )
         except OSError as error:
             raise CheckpointError(f"{directory} has no readable index {INDEX_FILE}: {error}") from error
         except Exception as error:  # a damaged pickle raises almost anything
-            raise CheckpointError(f"The index {directory / INDEX_FILE} is damaged or unsafe: {error}.") from error
+            raise CheckpointError(
+                f"The index {directory / INDEX_FILE} is damaged or unsafe: {error}.{remedy(directory)}"
+            ) from error
 
     def check_whole(self, sums: Mapping[str, FileSum]) -> None:
         """Check that every element of every tensor lies in a file, without reading any.
@@ -283,26 +278,25 @@ class ShardFiles:
         """The tensor of one stored chunk, in the file's memory where possible; not to be written to."""
         data = self._map(chunk.file)[chunk.start : chunk.start + chunk.length]
         if len(data) != chunk.length:
-            raise CheckpointError(f"{self.directory / chunk.file} is cut short, before the end of {chunk.key}.")
+            raise CheckpointError(
+                f"{self.directory / chunk.file} is cut short, before the end of {chunk.key}.{remedy(self.directory)}"
+            )
         dtype, numel = self.dtypes[chunk.key], math.prod(chunk.box.sizes)
         try:
-            values = _payload(data, numel * dtype.itemsize, self.checksums.get((chunk.file, chunk.start)))
+            crc32 = None if chunk.file in self.trusted else self.checksums.get((chunk.file, chunk.start))
+            values = _payload(data, numel * dtype.itemsize, crc32, check=chunk.file not in self.trusted)
             if values is not None:
                 return torch.frombuffer(values, dtype=dtype, count=numel).view(chunk.box.sizes)
             return torch.load(BytesIO(data), map_location="cpu", weights_only=True).view(chunk.box.sizes)
-        except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+        except Exception as error:  # a damaged archive raises almost anything
             raise CheckpointError(
-                f"{self.directory / chunk.file} is damaged in {chunk.key} {list(chunk.box.offsets)}: {error}"
+                f"{self.directory / chunk.file} is damaged in {chunk.key} {list(chunk.box.offsets)}: "
+                f"{error}{remedy(self.directory)}"
             ) from error
 
 
-def _tensors(index: Metadata) -> Iterable[tuple[str, TensorStorageMetadata]]:
-    return ((k, v) for k, v in index.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata))
-
-
-def _checksums(directory: Path, chunks: dict[str, list[StoredChunk]]) -> dict[tuple[str, int], int]:
-    path = directory / CHECKSUM_FILE
-    if not path.is_file():
+def _checksums(data: bytes | None, chunks: dict[str, list[StoredChunk]]) -> dict[tuple[str, int], int]:
+    if data is None:
         return {}
     starts = defaultdict(list)
     for stored in chunks.values():
@@ -310,7 +304,7 @@ def _checksums(directory: Path, chunks: dict[str, list[StoredChunk]]) -> dict[tu
             starts[chunk.file].append(chunk.start)
     return {
         (name, start): crc32
-        for name, crcs in json.loads(path.read_text()).items()
+        for name, crcs in json.loads(data).items()
         for start, crc32 in zip(sorted(starts[name]), crcs, strict=True)
     }
 
@@ -338,8 +332,13 @@ class _View:
         return data
 
 
-def _payload(data: memoryview, size: int, crc32: int | None) -> memoryview | None:
-    """The bytes of the one contiguous tensor in a ``torch.save`` archive, verified; ``None`` for other archives."""
+def _payload(data: memoryview, size: int, crc32: int | None, *, check: bool) -> memoryview | None:
+    """The bytes of the one contiguous tensor in a ``torch.save`` archive, verified; ``None`` for other archives.
+
+    Args:
+        crc32: the sum of the bytes; ``None`` takes that of the archive.
+        check: whether to compare it.
+    """
     if size == 0:
         return None
     with zipfile.ZipFile(_View(data)) as archive:
@@ -349,6 +348,6 @@ def _payload(data: memoryview, size: int, crc32: int | None) -> memoryview | Non
     header = storages[0].header_offset
     name, extra = (int.from_bytes(data[header + at : header + at + 2], "little") for at in (26, 28))
     payload = data[header + 30 + name + extra :][:size]
-    if zlib.crc32(payload) != (storages[0].CRC if crc32 is None else crc32):
+    if check and zlib.crc32(payload) != (storages[0].CRC if crc32 is None else crc32):
         raise ValueError("its checksum does not match.")
     return payload

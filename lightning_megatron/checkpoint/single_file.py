@@ -14,11 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_megatron.backends.shards import Box
-from lightning_megatron.checkpoint.io import LIGHTNING_FILE, Snapshot, pickled
-from lightning_megatron.checkpoint.metadata import CheckpointMetadata
+from lightning_megatron.checkpoint.integrity import LIGHTNING_FILE, open_checked
+from lightning_megatron.checkpoint.io import Snapshot, pickled
+from lightning_megatron.checkpoint.metadata import FORMAT, CheckpointMetadata
 from lightning_megatron.checkpoint.run_state import OPTIMIZER_PREFIX, RNG
 from lightning_megatron.checkpoint.shard_files import Outline, ShardFiles
 from lightning_megatron.checkpoint.together import Alone
+from lightning_megatron.checkpoint.trainer_state import read_trainer_state
 from lightning_megatron.errors import CheckpointError
 
 _TRAINER = "lightning.pt"
@@ -34,11 +36,12 @@ def consolidate(checkpoint: str | Path, file: str | Path, *, weights_only: bool 
         CheckpointError: no whole checkpoint.
     """
     path = Path(checkpoint)
-    metadata, files = CheckpointMetadata.read(path), ShardFiles.open(path)
+    opened = open_checked(path)
+    metadata, files = opened.metadata, opened.files
     wanted = (key for key in files.shapes if not (weights_only and key.startswith((OPTIMIZER_PREFIX, RNG))))
     tensors = {key: _whole(files, key) for key in wanted}
     if not weights_only:
-        tensors[_TRAINER] = torch.frombuffer(bytearray((path / LIGHTNING_FILE).read_bytes()), dtype=torch.uint8)
+        tensors[_TRAINER] = torch.frombuffer(bytearray(opened.small[LIGHTNING_FILE]), dtype=torch.uint8)
     about = asdict(metadata) | {"files": {}}
     save_file(tensors, file, metadata={"lightning_megatron": json.dumps(about, default=str)})
 
@@ -53,7 +56,7 @@ def expand(file: str | Path, checkpoint: str | Path) -> None:
         about = (opened.metadata() or {}).get("lightning_megatron")
         if about is None:
             raise CheckpointError(f"{file} is no file of lightning_megatron.checkpoint.consolidate.")
-        metadata = CheckpointMetadata(**json.loads(about))
+        metadata = CheckpointMetadata(**(json.loads(about) | {"files": {}, "format": FORMAT}))
         names = [name for name in opened.keys() if name != _TRAINER]  # noqa: SIM118  (not a dict)
         trainer = pickled({"state_dict": {}})
         if _TRAINER in opened.keys():  # noqa: SIM118
@@ -70,7 +73,8 @@ def average(checkpoints: Sequence[str | Path], target: str | Path) -> None:
     if not checkpoints:
         raise CheckpointError("There is no average of no checkpoints.")
     paths = [Path(path) for path in checkpoints]
-    opened = [ShardFiles.open(path) for path in paths]
+    checked = [open_checked(path) for path in paths]
+    opened = [checkpoint.files for checkpoint in checked]
     shapes = [_weights(files) for files in opened]
     for path, other in zip(paths, shapes, strict=True):
         if other != shapes[0]:
@@ -82,9 +86,10 @@ def average(checkpoints: Sequence[str | Path], target: str | Path) -> None:
         for files in opened:
             total += _whole(files, key)
         means[key] = (total / len(opened)).to(opened[0].dtypes[key])
-    trainer = torch.load(paths[-1] / LIGHTNING_FILE, map_location="cpu", weights_only=True)
-    kept = {key: trainer[key] for key in ("pytorch-lightning_version", "global_step", "epoch", "state_dict", "loops")}
-    _write(Path(target), means, pickled(kept), CheckpointMetadata.read(paths[0]))
+    trainer = read_trainer_state(paths[-1] / LIGHTNING_FILE, checked[-1].small[LIGHTNING_FILE], None)
+    kept = ("pytorch-lightning_version", "global_step", "epoch", "state_dict", "loops")
+    state = {key: trainer[key] for key in kept if key in trainer}
+    _write(Path(target), means, pickled(state), checked[0].metadata)
 
 
 def _weights(files: ShardFiles) -> dict[str, tuple[int, ...]]:

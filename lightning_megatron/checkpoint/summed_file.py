@@ -49,7 +49,12 @@ def write_file(path: Path, tensors: Iterable[Tensor], *, read_back: bool = False
         file = _SummedFile(opened)
         for tensor in tensors:
             alone = _alone(tensor)
-            torch.save(alone, file)  # type: ignore[arg-type]
+            try:
+                torch.save(alone, file)  # type: ignore[arg-type]
+            except RuntimeError as error:
+                if file.error is not None:  # torch only tells that the file ends where it should not
+                    raise file.error from error
+                raise
             ends.append(file.size)
             crcs.append(file.large if alone.nbytes >= _LARGE else zlib.crc32(_bytes(alone)))
         os.fsync(opened.fileno())
@@ -100,6 +105,8 @@ class _SummedFile:
         self.crc32 = 0
         self.large = 0
         """Sum of the last large piece: headers are small, so it is the values of a tensor."""
+        self.error: OSError | None = None
+        """Why a write failed."""
 
     def write(self, data: Any) -> int:
         data = memoryview(data).cast("B")
@@ -109,8 +116,12 @@ class _SummedFile:
             self.crc32 = crc32_of_both(self.crc32, self.large, length)
         else:
             self.crc32 = zlib.crc32(data, self.crc32)
-        while data:  # the system writes at most 2 GiB at a time
-            data = data[self._file.write(data) :]
+        try:
+            while data:  # the system writes at most 2 GiB at a time
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            self.error = self.error or error
+            raise
         self.size += length
         return length
 

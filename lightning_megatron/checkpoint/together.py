@@ -11,6 +11,16 @@ import torch.distributed as dist
 
 from lightning_megatron.errors import CheckpointError
 
+_CAUSES = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota of the disk is used up",
+    errno.EFBIG: "the file is larger than the file system or a limit (ulimit -f) allows",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "this user may not write there",
+    errno.ENOENT: "a file or directory has vanished",
+    errno.ESTALE: "the network file system has lost a file",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Team:
@@ -98,6 +108,7 @@ def _tell(error: Exception | None) -> str:
         return ""
     if isinstance(error, CheckpointError):
         return str(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full ({error.strerror})"
+    if isinstance(error, OSError) and error.errno in _CAUSES:
+        where = f": {error.filename}" if error.filename else ""
+        return f"{_CAUSES[error.errno]} ({error.strerror}{where})"
     return f"{type(error).__name__}: {error}"
