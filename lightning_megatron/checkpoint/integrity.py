@@ -124,7 +124,9 @@ def _compare(
         if found.size != total.size:
             damage[name] = f"{name} has {found.size} bytes instead of {total.size}"
         elif found.crc32 != total.crc32:
-            damage[name] = f"{name} does not have its checksum: it has changed, or is of another checkpoint"
+            damage[name] = (
+                f"{name} does not have its checksum in {FILE}: one of them has changed, or is of another checkpoint"
+            )
     return small, damage
 
 
