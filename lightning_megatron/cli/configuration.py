@@ -108,7 +108,7 @@ def _check_arguments(config_name: str, arguments: Sequence[str]) -> list[str]:
 def _config_dirs(arguments: Sequence[str]) -> list[Path]:
     """Directories of configurations that ``--config-dir`` adds."""
     found = []
-    for argument, after in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, after in zip(arguments, [*arguments, ""][1:], strict=True):
         option, given, value = argument.partition("=")
         if option in ("--config-dir", "-cd"):
             found.append(Path(value if given else after).absolute())
