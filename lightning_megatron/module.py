@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, override
+from typing import TYPE_CHECKING, Any, Self, override
 
 import lightning.pytorch as pl
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_megatron.errors import DataError, ModuleError
 from lightning_megatron.evaluation import LOSS, EvaluationMeans, num_loaders
+from lightning_megatron.hyperparameters import PlainHyperparameters
 from lightning_megatron.optim.config import OptimizerConfig
 from lightning_megatron.progress import LateScalar
 from lightning_megatron.schedule import Batch, Loss, StepResult
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from lightning_megatron.strategy import MegatronStrategy
 
 
-class MegatronModule(pl.LightningModule):
+class MegatronModule(PlainHyperparameters, pl.LightningModule):
     """A model whose steps run megatron-core's pipeline schedule.
 
     A subclass says *what* is computed, :class:`~lightning_megatron.MegatronStrategy` *how*:
@@ -121,6 +122,20 @@ class MegatronModule(pl.LightningModule):
     def describe(self) -> dict[str, Any]:
         """What a checkpoint tells about this model, in types that JSON has."""
         return {"module": type(self).__name__}
+
+    @classmethod
+    @override
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Not for models of the user's own, of which a checkpoint does not tell how to make them.
+
+        Raises:
+            ModuleError: always; :class:`~lightning_megatron.GPTModule`, BERT's and T5's have it.
+        """
+        raise ModuleError(
+            f"{cls.__name__}.load_from_checkpoint({str(checkpoint_path)!r}): a checkpoint of lightning_megatron is a "
+            f"directory, read by the processes of a Trainer. Make the {cls.__name__}, and pass ckpt_path=... to fit, "
+            "validate, test or predict, or begin from its weights with lightning_megatron.callbacks.InitialWeights."
+        )
 
     def fill_new_chunks(self) -> None:
         """Called once on each rank, when :attr:`chunks` have their initial weights: put others in their place."""

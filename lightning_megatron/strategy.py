@@ -20,6 +20,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.compile import to_uncompiled
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -220,6 +221,16 @@ class MegatronStrategy(DDPStrategy):
                 f"{type(model).__name__} sets automatic_optimization=False, but a pipeline schedule runs forward and "
                 "backward of all micro-batches by itself. Remove that line; override loss() to change what is "
                 "optimised."
+            )
+        try:
+            to_uncompiled(model)
+        except ValueError:  # it is not compiled
+            pass
+        else:
+            raise ModuleError(
+                f"The {type(model).__name__} was given to torch.compile, which cannot trace a pipeline schedule over "
+                "processes. Pass the module itself: its layers and its loss are compiled where fused=True, the default "
+                "on GPUs."
             )
         super().connect(model)
 

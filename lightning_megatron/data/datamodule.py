@@ -19,9 +19,10 @@ from lightning_megatron.data.sampler import BatchRamp, GlobalBatchSampler
 from lightning_megatron.data.t5 import T5Dataset, T5Samples
 from lightning_megatron.data.tokenizer import Tokenizer, describe_tokenizer, end_of_document_id, load_tokenizer
 from lightning_megatron.errors import DataError
+from lightning_megatron.hyperparameters import PlainHyperparameters
 
 
-class GlobalBatchDataModule(L.LightningDataModule):
+class GlobalBatchDataModule(PlainHyperparameters, L.LightningDataModule):
     """Base: makes loaders that yield this data-parallel rank's share of each global batch.
 
     Subclasses fill `self.datasets` in `setup`; a missing split has no loader.

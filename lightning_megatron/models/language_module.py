@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_megatron.errors import CheckpointError, DataError, LayoutError
+from lightning_megatron.errors import CheckpointError, DataError, LayoutError, ModuleError
 from lightning_megatron.models.config import TransformerModelConfig
 from lightning_megatron.models.context_parallel import cut_sequence, restore_sequence
 from lightning_megatron.models.parameters import parameter_report
@@ -50,6 +50,9 @@ class LanguageModelModule(MegatronModule):
     supports_context_parallel = False
     pretrained: HuggingFaceDirectory | None = None
     """Where the initial weights come from, if :meth:`from_pretrained` made the module."""
+
+    checkpoint: Path | None = None
+    """Where they come from, if :meth:`load_from_checkpoint` made it."""
 
     def __init__(
         self,
@@ -150,6 +153,33 @@ class LanguageModelModule(MegatronModule):
 
         save_adapter(self, Path(path), model_type)
 
+    @classmethod
+    @override
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, strict: bool | None = None, **kwargs: Any) -> Self:
+        """A module with the configuration and the weights of a checkpoint directory of any layout.
+
+        Its chunks are built and filled by the Trainer that first runs it, at that Trainer's layout and device; so
+        Lightning's other arguments (``map_location``, ``hparams_file``) have no use.
+
+        Args:
+            checkpoint_path: a directory that ``trainer.save_checkpoint`` or ModelCheckpoint wrote.
+            kwargs: arguments of the class, instead of those that ``save_hyperparameters`` saved.
+
+        Raises:
+            CheckpointError: no whole checkpoint, or one of another kind of model.
+            ModuleError: arguments that have no use here.
+        """
+        from lightning_megatron.checkpoint.restored import module_from
+
+        if args or strict is False or not kwargs.keys().isdisjoint({"map_location", "hparams_file"}):
+            raise ModuleError(
+                f"{cls.__name__}.load_from_checkpoint takes a directory and arguments of the class. Weights go to the "
+                "Trainer's devices (map_location), and all of them are loaded (strict); to leave some out, use "
+                "lightning_megatron.callbacks.InitialWeights(include=..., exclude=...)."
+            )
+        kwargs.pop("weights_only", None)  # nothing but plain values is read in any case
+        return module_from(cls, Path(checkpoint_path), kwargs)
+
     @override
     def describe(self) -> dict[str, Any]:
         described = {"module": f"{self.config_type.__name__.removesuffix('Config')}Module"}
@@ -163,6 +193,10 @@ class LanguageModelModule(MegatronModule):
         if self.pretrained is not None:
             pretrained, chunks = self.pretrained, list(self.chunks)
             self.strategy.team.do(f"Loading {pretrained.path}", lambda: pretrained.fill(chunks))
+        if self.checkpoint is not None:
+            from lightning_megatron.checkpoint.restored import fill
+
+            fill(self, self.checkpoint)
 
     @override
     def configure_model(self) -> None:
