@@ -27,7 +27,7 @@ from lightning_megatron.models.config import BertConfig
 from lightning_megatron.models.norms import TorchNorm
 from lightning_megatron.models.specs import bert_block_spec, layer_seed
 from lightning_megatron.models.transformer_config import BuildContext, Stage
-from lightning_megatron.models.vocabulary import VocabularyLoss
+from lightning_megatron.models.vocabulary import VocabularyLoss, draw_vocabulary, whole_rows
 
 
 def _linear(config: CoreConfig, outputs: int, *, of_sequence: bool = False) -> torch.nn.Linear:
@@ -136,6 +136,7 @@ class BertChunk(VocabularyLoss):
             self._build_heads(config, core_config, context, padded)
         if config.num_labels is None and (self.pre_process or self.post_process):
             self.setup_embeddings_and_output_layer()
+        draw_vocabulary(self, config, context, output_seed=None)
         self.set_vocabulary(config, context, fused=fused)
 
     def _build_heads(self, config: BertConfig, core_config: CoreConfig, context: BuildContext, padded: int) -> None:
@@ -153,7 +154,7 @@ class BertChunk(VocabularyLoss):
             config.hidden_size,
             padded,
             config=core_config,
-            init_method=core_config.init_method,
+            init_method=whole_rows(core_config.init_method, config),
             bias=True,
             gather_output=False,
             skip_weight_param_allocation=self.pre_process and self.share_embeddings_and_output_weights,

@@ -11,9 +11,9 @@ from lightning_megatron.backends.core import GPTModel
 from lightning_megatron.backends.core import TransformerConfig as CoreConfig
 from lightning_megatron.models.config import GPTConfig
 from lightning_megatron.models.rotary import RotaryAtPositions
-from lightning_megatron.models.specs import gpt_block_spec
+from lightning_megatron.models.specs import gpt_block_spec, layer_seed
 from lightning_megatron.models.transformer_config import BuildContext, Stage, transformer_config
-from lightning_megatron.models.vocabulary import VocabularyLoss
+from lightning_megatron.models.vocabulary import VocabularyLoss, draw_vocabulary
 
 
 def gpt_core_config(config: GPTConfig, context: BuildContext) -> CoreConfig:
@@ -75,6 +75,7 @@ class GPTChunk(VocabularyLoss, GPTModel):
                 use_cpu_initialization=core_config.use_cpu_initialization,
                 cp_group=context.groups.cp,
             )
+        draw_vocabulary(self, config, context, output_seed=layer_seed(context.seed, config.num_layers) + 1)
         self.set_vocabulary(config, context, fused=fused)
 
     def forward(

@@ -40,7 +40,7 @@ from lightning_megatron.models.specs import (
 )
 from lightning_megatron.models.t5_weights import deviation_fields, scale_layer, table_std
 from lightning_megatron.models.transformer_config import BuildContext, Stage, transformer_config
-from lightning_megatron.models.vocabulary import VocabularyLoss
+from lightning_megatron.models.vocabulary import VocabularyLoss, draw_vocabulary, whole_rows
 
 
 def t5_core_config(config: T5Config, context: BuildContext) -> CoreConfig:
@@ -166,7 +166,7 @@ class T5Chunk(VocabularyLoss):
                 config.hidden_size,
                 padded,
                 config=core_config,
-                init_method=partial(torch.nn.init.normal_, std=table_std(config)),
+                init_method=whole_rows(partial(torch.nn.init.normal_, std=table_std(config)), config),
                 bias=False,
                 gather_output=False,
                 skip_weight_param_allocation=self.pre_process and self.share_embeddings_and_output_weights,
@@ -174,6 +174,7 @@ class T5Chunk(VocabularyLoss):
             )
         if self.pre_process or self.post_process:
             self.setup_embeddings_and_output_layer()
+        draw_vocabulary(self, config, context, output_seed=None)
         self.set_vocabulary(config, context, fused=fused)
         self._shares_biases = fused
 

@@ -2,13 +2,74 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lightning_megatron.backends.core import LanguageModule, tensor_parallel
 from lightning_megatron.models.config import TransformerModelConfig
 from lightning_megatron.models.fused import FusedLoss, TensorParallel
 from lightning_megatron.models.transformer_config import BuildContext
+
+
+def whole_rows(init_method: Callable[[Tensor], Any], config: TransformerModelConfig) -> Callable[[Tensor], Any]:
+    """Draw the ``[padded_vocabulary, hidden]`` weight of any tensor-parallel size as that of one rank.
+
+    The vocabulary is padded to a multiple of the tensor-parallel size, and megatron-core draws the padding too, so that
+    its weights, and all that are drawn after them, depend on that size. Here the rows of one rank are drawn, padding
+    included, and those that more ranks add are zero.
+    """
+
+    def draw(weight: Tensor) -> None:
+        rows = config.padded_vocab_size(1)
+        with torch.no_grad():
+            weight[rows:] = 0
+        init_method(weight[:rows])
+
+    return draw
+
+
+def draw_vocabulary(chunk: Any, config: TransformerModelConfig, context: BuildContext, output_seed: int | None) -> None:
+    """Draw the embeddings of a new chunk again as one rank would, where the padding of more ranks has moved them.
+
+    On a CPU alone, where weights are drawn whole and then cut: on a GPU each rank draws its own.
+
+    Args:
+        output_seed: of an output layer that is not the embedding and that megatron-core draws after the layers; those
+            of a stage without layers would be others. ``None`` leaves it as it is.
+    """
+    if not context.perform_initialization or context.device.type != "cpu":
+        return
+    tp, core = context.groups.tp, chunk.config
+    moved = config.padded_vocab_size(tp.size()) != config.padded_vocab_size(1)
+    if chunk.pre_process and moved:
+        torch.manual_seed(context.seed)
+        _draw_part(chunk.embedding.word_embeddings.weight, whole_rows(core.embedding_init_method, config), tp)
+        for name in ("position_embeddings", "tokentype_embeddings"):
+            table = getattr(chunk.embedding, name, None)
+            if table is not None:
+                core.embedding_init_method(table.weight)
+    output = getattr(chunk, "output_layer", None) if chunk.post_process else None
+    if output is None or output.weight is None:
+        return
+    if chunk.share_embeddings_and_output_weights:
+        if moved:  # the last stage's copy
+            torch.manual_seed(context.seed)
+            _draw_part(output.weight, whole_rows(core.embedding_init_method, config), tp)
+    elif output_seed is not None and (moved or not len(chunk.decoder.layers)):
+        torch.manual_seed(output_seed)
+        _draw_part(output.weight, whole_rows(core.init_method, config), tp)
+
+
+@torch.no_grad()
+def _draw_part(weight: Tensor, init_method: Callable[[Tensor], Any], tp: dist.ProcessGroup) -> None:
+    """Draw a whole weight and keep this rank's rows of it."""
+    whole = torch.empty(weight.size(0) * tp.size(), weight.size(1), dtype=torch.float32)
+    init_method(whole)
+    weight.copy_(whole.chunk(tp.size())[tp.rank()])
 
 
 class VocabularyLoss(LanguageModule):
