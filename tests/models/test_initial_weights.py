@@ -54,7 +54,9 @@ def save_new(directory: Path, names: list[str], world: int, layout: dict[str, An
     for name in names:
         make, changes = MODELS[name]
         module = make(**changes)
-        trainer = make_trainer(Case(world, layout), max_steps=1)
+        split = "num_moe_experts" in changes and "tensor_model_parallel_size" in layout
+        sizes = layout | {"sequence_parallel": True} if split else layout  # as experts need it
+        trainer = make_trainer(Case(world, sizes), max_steps=1)
         trainer.validate(module, [], verbose=False)
         trainer.save_checkpoint(directory / name, weights_only=True)
 
