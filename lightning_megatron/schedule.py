@@ -97,6 +97,8 @@ def batch_size(batch: Batch) -> int:
     sizes = {key: value.size(0) for key, value in batch.items() if torch.is_tensor(value) and value.dim()}
     if not sizes:
         raise DataError(f"A batch needs tensors with the samples in dimension 0, but it has the keys {sorted(batch)}.")
+    if not all(sizes.values()):
+        raise DataError(f"A batch without samples: the sizes of its tensors in dimension 0 are {sizes}.")
     if len(set(sizes.values())) > 1:
         raise DataError(f"The tensors of a batch disagree about the number of samples in dimension 0: {sizes}.")
     return next(iter(sizes.values()))
@@ -202,12 +204,7 @@ class Schedule:
             ModuleError: a loss whose terms are not those of ``term_weights``.
         """
         self._term_weights, self._training = term_weights, not forward_only
-        samples = batch_size(batch)
-        stages = self._layout.pipeline_model_parallel_size
-        sequence = self._module.pipeline_sequence_length(batch)
-        self._layout.check_sequence(sequence)
-        most = self._micro_batch_size or (samples if stages == 1 else 1)
-        count = num_microbatches(samples, most, stages if self._layout.num_chunks > 1 else 1)
+        samples, sequence, count = self.sizes(batch)
         microbatches = split_batch(self._module.local_batch(batch), count, has_data=self._has_data)
         iterators = [iter(microbatches) for _ in self._chunks]
         with ExitStack() as stack:
@@ -227,6 +224,20 @@ class Schedule:
             )
             totals = Totals.of(records, self._device) if self._is_last else None
             return StepResult((self._in_replica if forward_only else self._over_replicas)(totals))
+
+    def sizes(self, batch: Batch) -> tuple[int, int, int]:
+        """Samples, sequence length and micro-batches of a batch.
+
+        Raises:
+            DataError: a batch that cannot be cut.
+            LayoutError: a sequence that cannot be split.
+        """
+        samples = batch_size(batch)
+        stages = self._layout.pipeline_model_parallel_size
+        sequence = self._module.pipeline_sequence_length(batch)
+        self._layout.check_sequence(sequence)
+        most = self._micro_batch_size or (samples if stages == 1 else 1)
+        return samples, sequence, num_microbatches(samples, most, stages if self._layout.num_chunks > 1 else 1)
 
     def _forward_step(
         self, microbatches: Iterator[dict[str, Any]], chunk: torch.nn.Module

@@ -10,7 +10,7 @@ from datetime import timedelta
 from functools import partial
 from multiprocessing.util import get_temp_dir
 from pathlib import Path
-from typing import Any, override
+from typing import Any, get_args, override
 
 import lightning.pytorch as pl
 import torch
@@ -19,7 +19,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveragi
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
-from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.compile import to_uncompiled
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
@@ -41,11 +40,13 @@ from lightning_megatron.checkpoint.together import Team
 from lightning_megatron.current_weights import CurrentWeights
 from lightning_megatron.errors import LayoutError, ModuleError
 from lightning_megatron.evaluation import ReduceAtEpochEnd, sync_over_replicas
+from lightning_megatron.exchange import Uneven
 from lightning_megatron.gradients import Gradients, unwrap
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.lightning_callbacks import check_callbacks
 from lightning_megatron.liveness import PeerWatch
 from lightning_megatron.liveness.lightning import TogetherOnSignal, blame, open_watch
+from lightning_megatron.loaders import Loaders
 from lightning_megatron.models.fused import check_float8
 from lightning_megatron.models.transformer_config import BuildContext
 from lightning_megatron.module import MegatronModule
@@ -53,7 +54,7 @@ from lightning_megatron.optim.config import OptimizerConfig
 from lightning_megatron.optim.optimizer import MegatronOptimizer, build_optimizer
 from lightning_megatron.precision import MegatronPrecision
 from lightning_megatron.read_ahead import batches_to_come
-from lightning_megatron.replica import ReplicaDataLoader, ReplicaGroups
+from lightning_megatron.replica import ReplicaGroups
 from lightning_megatron.schedule import Batch, Schedule, StepResult
 from lightning_megatron.totals import on_device
 from lightning_megatron.trained_parameters import follow_tied_weight
@@ -82,6 +83,8 @@ class MegatronStrategy(DDPStrategy):
         timeout: how long a collective waits for a rank that does not come, and how long a rank may show no sign of
             life. A rank whose process ends is noticed at once.
         connect_timeout: how long a rank tries to reach rank 0 when the run starts.
+        uneven_batches: what happens when one replica has fewer training batches than another: ``"error"``, or
+            ``"drop"`` the rest of the longer ones, epoch by epoch.
         kwargs: of Lightning's ``DDPStrategy``, such as ``start_method``, ``process_group_backend`` or
             ``cluster_environment``.
 
@@ -111,6 +114,7 @@ class MegatronStrategy(DDPStrategy):
         seed: int | None = None,
         timeout: timedelta = timedelta(minutes=10),
         connect_timeout: timedelta = timedelta(seconds=50),
+        uneven_batches: Uneven = "error",
         **kwargs: Any,
     ) -> None:
         super().__init__(timeout=timeout, **kwargs)
@@ -151,6 +155,9 @@ class MegatronStrategy(DDPStrategy):
             **(ddp or {}),
         }
         self._seed = seed
+        if uneven_batches not in get_args(Uneven):
+            raise LayoutError(f"uneven_batches={uneven_batches!r}, but must be one of {get_args(Uneven)}.")
+        self._loaders = Loaders(uneven_batches, lambda: self.team)
         self._chunks: list[Any] = []
         self._context: BuildContext | None = None
         self._groups: GroupSet | None = None
@@ -306,15 +313,23 @@ class MegatronStrategy(DDPStrategy):
         super().on_train_start()
         if self._watch is not None:
             self._signals = TogetherOnSignal(self._watch)
+        trainer = self._trainer
+        if trainer.val_check_batch is None and trainer.enable_validation and self.world_size > 1:
+            raise ModuleError(
+                "Trainer(val_check_interval=...) is a time, which each process takes from its own clock (Lightning "
+                f"2.6), so that some of the {self.world_size} processes would validate while others train. Set a "
+                "number of batches or a fraction of an epoch."
+            )
+        self._loaders.compare_lengths(self._trainer)
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
-        for loader in CombinedLoader(self.lightning_module.trainer.train_dataloader).flattened:  # type: ignore[union-attr]
-            loader.ahead.use()
         if self._signals is not None:
             self._signals.before_batch()
+        self._loaders.compare_lengths(self._trainer)
         self._begin_gradients(batch_idx)
+        self._loaders.use(self._trainer)
 
     def _decide(self) -> None:
         """Take what the planner chooses on rank 0, which all ranks hear of, as of an error."""
@@ -459,18 +474,26 @@ class MegatronStrategy(DDPStrategy):
     @override
     def process_dataloader(self, dataloader: object) -> object:
         assert self._replica is not None
-        assert isinstance(self.lightning_module, MegatronModule)
         module = self.lightning_module
         if isinstance(dataloader, DataLoader) and dataloader.num_workers:
             # A worker that is killed cannot remove a temporary directory of its own, so workers use this process's.
             get_temp_dir()
-        return ReplicaDataLoader(
-            dataloader,
-            self._replica,
-            module.prepare_prompts if module.trainer.predicting else module.prepare_batch,
-            seed=self.build_context.seed,
-            first_epoch=module.current_epoch,
-        )
+        assert isinstance(module, MegatronModule)
+        prepare = module.prepare_prompts if module.trainer.predicting else self._prepare_batch
+        return self._loaders.wrap(dataloader, module, self._replica, prepare, self.build_context.seed)
+
+    def _prepare_batch(self, batch: Any) -> dict[str, Any]:
+        """A batch as the module wants it, whose sizes the schedule has checked before it goes to other ranks."""
+        assert isinstance(self.lightning_module, MegatronModule)
+        prepared = self.lightning_module.prepare_batch(batch)
+        if self._schedule is not None:
+            self._schedule.sizes(prepared)
+        return prepared
+
+    @property
+    def _trainer(self) -> pl.Trainer:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
 
     # ---------------------------------------------------------------------------- steps
 
@@ -491,21 +514,10 @@ class MegatronStrategy(DDPStrategy):
         if counts is None:
             return None
         total = {name: on_device(count, self.root_device).detach().double() for name, count in counts.items()}
-        to_come = batches_to_come(module.trainer)
-        for coming in self._training_loader().ahead.next_batches(to_come) if to_come else ():
+        for coming in self._loaders.next_batches(self._trainer, batches_to_come(self._trainer)):
             for name, count in (module.loss_counts(coming) or {}).items():
                 total[name] = total[name] + float(count)
         return total
-
-    def _training_loader(self) -> ReplicaDataLoader:
-        loaders = CombinedLoader(self.lightning_module.trainer.train_dataloader).flattened  # type: ignore[union-attr]
-        if len(loaders) != 1:
-            raise ModuleError(
-                f"A loss of several terms under accumulate_grad_batches needs one training data loader, of which it "
-                f"counts batches ahead, but there are {len(loaders)}. Combine the data sets, or set "
-                "accumulate_grad_batches=1 and a larger batch with micro_batch_size."
-            )
-        return loaders[0]
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
@@ -622,6 +634,7 @@ class MegatronStrategy(DDPStrategy):
         trainer = self.lightning_module.trainer
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         weights_only = "optimizer_states" not in checkpoint
+        self._loaders.add_generator_states(checkpoint, self._trainer)
         with self.gathered_weights():
             checkpoint, averages = Averages.take(checkpoint, self.lightning_module, callbacks)
             state = self._run_state(with_optimizer=not weights_only, averages=averages)
@@ -689,17 +702,8 @@ class MegatronStrategy(DDPStrategy):
                 self.lr_scheduler_configs.clear()  # the callback makes its own anew, which the checkpoint is of
                 optimizer_state.restore_rates(self.megatron_optimizer.core, checkpoint["optimizer_states"][0])
         if fitting:
-            self._restore_data_position(checkpoint)
+            self._loaders.restore(checkpoint, self._trainer)
         return checkpoint
-
-    def _restore_data_position(self, checkpoint: Mapping[str, Any]) -> None:
-        """Lightning leaves loaders at their start that it made before it read the checkpoint, as it does for
-        ``estimated_stepping_batches`` in ``configure_optimizers`` where epochs limit a run."""
-        loaders = self.lightning_module.trainer.train_dataloader  # type: ignore[union-attr]
-        states = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {}).get("combined_loader", [])
-        if loaders is not None and states:
-            for loader, state in zip(CombinedLoader(loaders).flattened, states, strict=True):
-                loader.load_state_dict(state)
 
     def load_weights(
         self, path: str | Path, *, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_megatron.errors import DataError
 from lightning_megatron.models.bert import BertChunk
 from lightning_megatron.models.config import BertConfig
-from lightning_megatron.models.language_module import LanguageModelModule, ReturnLogits
+from lightning_megatron.models.language_module import LanguageModelModule, ReturnLogits, check_loss_inputs
 from lightning_megatron.models.transformer_config import BuildContext, transformer_config
 from lightning_megatron.optim.config import OptimizerConfig
 from lightning_megatron.schedule import Batch, Loss
@@ -163,7 +163,9 @@ class BertModule(LanguageModelModule):
         self._check_types(prepared["types"])
         if self.config.num_labels is not None:
             return prepared | {"labels": self._checked_labels(batch["labels"])}
-        return prepared | self._pretraining(batch)
+        prepared |= self._pretraining(batch)
+        check_loss_inputs("tokens", prepared, "lm_labels")
+        return prepared
 
     def _pretraining(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         labels = batch["labels"].long()

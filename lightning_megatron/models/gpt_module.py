@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_megatron.errors import DataError
 from lightning_megatron.models.config import GPTConfig
 from lightning_megatron.models.gpt import GPTChunk, gpt_core_config
-from lightning_megatron.models.language_module import LanguageModelModule, ReturnLogits
+from lightning_megatron.models.language_module import LanguageModelModule, ReturnLogits, check_loss_inputs
 from lightning_megatron.models.moe_metrics import ExpertMetrics
 from lightning_megatron.models.rotary import in_order
 from lightning_megatron.models.transformer_config import BuildContext
@@ -130,6 +130,7 @@ class GPTModule(LanguageModelModule):
             "loss_mask": mask.masked_fill(ignored, 0.0),
             "position_ids": torch.arange(tokens.size(1)).expand_as(tokens) if position_ids is None else position_ids,
         }
+        check_loss_inputs("tokens", ready)
         ready |= self._boundaries(batch, prepared)
         return ready | self._positions(batch, ready)
 

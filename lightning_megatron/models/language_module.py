@@ -298,6 +298,10 @@ class LanguageModelModule(MegatronModule):
 
     def check_tokens(self, name: str, tokens: Tensor) -> None:
         """Raise :class:`DataError` unless ``[batch, sequence]`` tokens fit the positions and the vocabulary."""
+        if tokens.dim() != 2 or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+            raise DataError(
+                f"{name!r} must hold whole numbers [batch, sequence], but is {tokens.dtype} {list(tokens.shape)}."
+            )
         longest = self.config.max_position_embeddings
         if tokens.size(1) > longest:
             raise DataError(
@@ -310,6 +314,25 @@ class LanguageModelModule(MegatronModule):
                 f"Token ids in {name!r} span {lowest} to {highest}, but vocab_size={self.config.vocab_size}. Is the "
                 "data from another tokenizer?"
             )
+
+
+def check_loss_inputs(like: str, batch: Mapping[str, Tensor], labels: str = "labels") -> None:
+    """Check that labels and their mask fit the tokens that they are of.
+
+    Args:
+        like: the key of those tokens.
+        batch: prepared.
+        labels: the key of the labels; that of their mask is ``loss_mask``.
+
+    Raises:
+        DataError: shapes that differ, or a mask that holds NaN or infinity, which would make the loss so in silence.
+    """
+    for name in (labels, "loss_mask"):
+        if batch[name].shape != batch[like].shape:
+            shapes = {key: list(batch[key].shape) for key in (like, name)}
+            raise DataError(f"{name!r} must have the shape [batch, sequence] of {like!r}, but they are {shapes}.")
+    if not bool(batch["loss_mask"].isfinite().all()):
+        raise DataError("'loss_mask' holds NaN or infinity, but it weighs each token's loss. Set 0 where none counts.")
 
 
 def broadcast_from(tensor: Tensor | None, source: int, group: dist.ProcessGroup, device: torch.device) -> Tensor:

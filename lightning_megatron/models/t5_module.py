@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_megatron.errors import DataError
 from lightning_megatron.models.config import T5Config
-from lightning_megatron.models.language_module import LanguageModelModule, ReturnLogits
+from lightning_megatron.models.language_module import LanguageModelModule, ReturnLogits, check_loss_inputs
 from lightning_megatron.models.t5 import T5Chunk, t5_core_config
 from lightning_megatron.models.transformer_config import BuildContext
 from lightning_megatron.optim.config import OptimizerConfig
@@ -103,6 +103,7 @@ class T5Module(LanguageModelModule):
             )
         for name in ("encoder_tokens", "decoder_tokens", "labels"):
             self.check_tokens(name, prepared[name])
+        check_loss_inputs("decoder_tokens", prepared)
         # Without a mask, attention takes the fastest kernel.
         if bool(prepared["encoder_mask"].all()):
             del prepared["encoder_mask"]
