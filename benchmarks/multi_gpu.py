@@ -43,6 +43,7 @@ class Options:
     parts: tuple[str, ...]
     tiny: bool
     minutes: float
+    words: tuple[str, ...]
     results: Path | None
 
 
@@ -69,6 +70,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS), metavar="PART")
     parser.add_argument("--tiny", action="store_true", help="tiny models, which a CPU gets anyway")
     parser.add_argument("--minutes", type=float, default=9.5, help="what does not fit is told (default: 9.5)")
+    parser.add_argument("--jobs", nargs="+", default=[], metavar="WORD", help="those with a word in their names alone")
     parser.add_argument("--results", type=Path, help="a file for the lines of JSON, beside standard output")
     found = parser.parse_args(arguments)
     gpus = _visible_gpus() if found.device != "cpu" else 0
@@ -86,6 +88,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         parts=tuple(part for part in ORDER if part in found.parts),
         tiny=found.tiny or device == "cpu",
         minutes=found.minutes,
+        words=tuple(found.jobs),
         results=found.results,
     )
 
@@ -98,7 +101,7 @@ def _visible_gpus() -> int:
 
 def run(options: Options, heard: Callable[[Result], None]) -> list[Result]:
     """Run the parts one after another; ``heard`` gets each result when it is known."""
-    what: Plan = plan(options.parts, options.gpus, tiny=options.tiny)
+    what: Plan = plan(options.parts, options.gpus, tiny=options.tiny, words=options.words)
     judge, results = Judge(), []
 
     def tell(result: Result) -> None:

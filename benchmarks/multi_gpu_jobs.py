@@ -131,6 +131,21 @@ class Speed(Job):
     """Seconds a step that somebody else has measured for the same job."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoding(Job):
+    """Greedy tokens of a model of :mod:`benchmarks.workloads` with random weights in bf16, timed."""
+
+    model: str
+    batch: int
+    prompt: int = 128
+    new: int = 128
+    repeats: int = 3
+    baseline: str | None = None
+    """The job on one GPU whose tokens/s are a ratio of 1."""
+    goal: float | None = None
+    """Lowest ratio that was asked for."""
+
+
 @dataclass(frozen=True, slots=True)
 class Skipped:
     """A job that cannot run here, and why."""
@@ -151,11 +166,16 @@ class Plan:
         return tuple(job for job in self.jobs if job.part == part)
 
 
-def plan(parts: Sequence[str], gpus: int, *, tiny: bool) -> Plan:
-    """The jobs of these parts that so many GPUs can run."""
+def plan(parts: Sequence[str], gpus: int, *, tiny: bool, words: Sequence[str] = ()) -> Plan:
+    """The jobs of these parts that so many GPUs can run.
+
+    Args:
+        words: only jobs with one of them in their names, and those that they are compared with; all without any.
+    """
     run: list[Job] = []
     skipped: list[Skipped] = []
-    for job in (job for part in sorted(set(parts), key=ORDER.index) for job in _jobs(part, gpus, tiny)):
+    jobs = [job for part in sorted(set(parts), key=ORDER.index) for job in _jobs(part, gpus, tiny)]
+    for job in jobs if not words else _chosen(jobs, words):
         missing = next((other.job for other in skipped if job.needs(other.job)), None)
         if job.layout.gpus > gpus:
             skipped.append(Skipped(job, f"needs {job.layout.gpus} ranks, there are {gpus}"))
@@ -164,6 +184,15 @@ def plan(parts: Sequence[str], gpus: int, *, tiny: bool) -> Plan:
         else:
             run.append(job)
     return Plan(tuple(run), tuple(skipped))
+
+
+def _chosen(jobs: Sequence[Job], words: Sequence[str]) -> list[Job]:
+    chosen = {job.key for job in jobs if any(word in job.name for word in words)}
+    for job in reversed(jobs):  # what a job needs comes before it
+        baseline = job.baseline if isinstance(job, Speed | Decoding) else None
+        needed = (other for other in jobs if job.needs(other) or (job.part, baseline) == (other.part, other.name))
+        chosen |= {other.key for other in needed if job.key in chosen}
+    return [job for job in jobs if job.key in chosen]
 
 
 ORDER = ("a", "c", "d", "e", "b")
@@ -341,6 +370,29 @@ def _speed(gpus: int, tiny: bool) -> Iterator[Job]:
     # What overlap and sequence parallelism are worth.
     yield job(_layout(2, distributed=True), models[0].micro_batch_size, 1, baseline=one)
     yield job(_layout(2, "tp2"), 2 * models[0].micro_batch_size, 1, baseline=one)
+    if not tiny:
+        for variant in ("recomputed", "attention recomputed", "attention dropout", "4096"):
+            yield from _variant(_Model(f"{models[0].name}, {variant}", 2 if variant == "4096" else 8))
+    yield from _decoding(tiny)
+
+
+def _variant(model: _Model) -> Iterator[Job]:
+    """A configuration that takes other paths through a layer, on one GPU and split in two."""
+    job, size = _jobs_of(model, tiny=False), model.micro_batch_size
+    one = job(_layout(1), size, 1)
+    yield one
+    yield job(_layout(2, "cp2" if model.name.endswith("4096") else "tp2_sp"), 2 * size, 1, baseline=one.name)
+
+
+def _decoding(tiny: bool) -> Iterator[Job]:
+    for model, goal in (("tiny-gpt2", None),) if tiny else (("gpt2-large", 1.0), ("llama-7b-slice", 1.5)):
+        for batch in (2,) if tiny else (1, 8):
+            sizes: dict[str, Any] = {"prompt": 8, "new": 8, "repeats": 1} if tiny else {}
+            name = f"{model}, decoding {batch}"
+            one = Decoding(part="b", name=f"{name}, tp1", layout=_layout(1), model=model, batch=batch, **sizes)
+            yield one
+            yield Decoding(part="b", name=f"{name}, tp2", layout=_layout(2, "tp2"), model=model, batch=batch,
+                           baseline=one.name, goal=goal, **sizes)  # fmt: skip
 
 
 class _SpeedJob(Protocol):
@@ -378,8 +430,8 @@ def _speed_of(model: _Model, gpus: int, tiny: bool) -> Iterator[Job]:
     yield job(_layout(2, "tp2_sp"), 2 * size, 1, baseline=one.name, goal=0.85, profiled=True)
     yield one_of_many
     yield job(_layout(2, "pp2"), size, many, baseline=one_of_many.name, goal=0.85, profiled=True)
+    yield job(_layout(2, "pp2_vpp2"), size, many, baseline=one_of_many.name)
     if model.all_layouts:
-        yield job(_layout(2, "pp2_vpp2"), size, many, baseline=one_of_many.name)
         yield job(_layout(4, "tp2_pp2"), 2 if tiny else 6, many, published=GUIDE)
     yield job(_layout(4, "tp2_pp2_sp"), 2 * size, many, baseline=one_of_many.name)
     if gpus > 2:

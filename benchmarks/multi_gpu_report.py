@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from benchmarks.multi_gpu_jobs import PARTS, TOLERANCES, Generation, Job, Skipped, Speed, Tolerance, Training
+from benchmarks.multi_gpu_jobs import PARTS, TOLERANCES, Decoding, Generation, Job, Skipped, Speed, Tolerance, Training
 from benchmarks.multi_gpu_launch import Failed, Finished, Killed, NotRun, Outcome
 
 Status = Literal["holds", "measured", "below goal", "failed", "not run", "skipped"]
@@ -57,6 +57,8 @@ class Judge:
     def _judge(self, job: Job, outcome: Finished) -> Result:
         if isinstance(job, Speed):
             return self._speed(job, outcome)
+        if isinstance(job, Decoding):
+            return self._decoding(job, outcome)
         if isinstance(job, Training) and job.kill_at is not None:
             return _result(job, "failed", "it ended before a rank could be killed")
         assert isinstance(job, Training | Generation)
@@ -92,6 +94,19 @@ class Judge:
             words += [f"{kind} hidden {part['hidden']:.0%}" for kind, part in first["overlap"].items()]
         elif job.profiled:
             words.append("overlap not measured")
+        return _result(job, status, ", ".join(words), numbers)
+
+    def _decoding(self, job: Decoding, outcome: Finished) -> Result:
+        first = outcome.ranks[0]
+        words = [f"{first['tokens_per_s']:,.0f} tokens/s"]
+        numbers: dict[str, Any] = {"tokens_per_s": first["tokens_per_s"], "wall_s": outcome.wall_s}
+        one = self._finished.get(f"b: {job.baseline}")
+        status: Status = "measured"
+        if one is not None:
+            ratio = first["tokens_per_s"] / one.ranks[0]["tokens_per_s"]
+            numbers |= {"ratio": ratio, "goal": job.goal}
+            words.append(f"{ratio:.2f} times one GPU" + (f" (goal {job.goal})" if job.goal else ""))
+            status = "below goal" if job.goal is not None and ratio < job.goal else "measured"
         return _result(job, status, ", ".join(words), numbers)
 
 

@@ -206,6 +206,11 @@ def t5() -> Workload:
 
 
 _LLAMA_7B: dict[str, Any] = {"hidden_size": 4096, "num_query_groups": 32, "ffn_hidden_size": 11008}
+_FULL: dict[str, Any] = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
 _TINY: dict[str, Any] = {
     "num_layers": 4,
     "hidden_size": 64,
@@ -217,6 +222,10 @@ _TINY: dict[str, Any] = {
 WORKLOADS: dict[str, Callable[[], Workload]] = {
     "gpt2-medium": lambda: gpt2("medium"),
     "gpt2-large": lambda: gpt2("large"),
+    "gpt2-large, recomputed": lambda: gpt2("large", **_FULL),
+    "gpt2-large, attention recomputed": lambda: gpt2("large", recompute_granularity="selective"),
+    "gpt2-large, attention dropout": lambda: gpt2("large", attention_dropout=0.1),
+    "gpt2-large, 4096": lambda: gpt2("large", max_position_embeddings=4096),
     "llama-1b": llama,
     "llama-1b-alibi": lambda: llama(position_embedding_type="alibi"),
     "llama-7b-slice": lambda: llama(num_layers=8, **_LLAMA_7B),

@@ -28,7 +28,7 @@ from lightning_megatron.auto import Choice, choose
 from lightning_megatron.auto_inputs import constraints_of, devices_of, work_of
 from lightning_megatron.backends import core, optimizer_state, rng
 from lightning_megatron.backends.group_sets import GroupSet, group_set
-from lightning_megatron.backends.groups import abort_all, leave_at_exit, recorded, stay_at_exit
+from lightning_megatron.backends.groups import abort_all, leave_at_exit, recorded, release_recorded, stay_at_exit
 from lightning_megatron.backends.rendezvous import meet, stay_on_loopback
 from lightning_megatron.checkpoint.averages import Averages, keep_averages, swa_has_begun
 from lightning_megatron.checkpoint.io import load, load_weights, snapshot
@@ -47,11 +47,13 @@ from lightning_megatron.lightning_callbacks import check_callbacks
 from lightning_megatron.liveness import PeerWatch
 from lightning_megatron.liveness.lightning import TogetherOnSignal, blame, open_watch
 from lightning_megatron.loaders import Loaders
+from lightning_megatron.models.config import GPTConfig
 from lightning_megatron.models.fused import check_float8
 from lightning_megatron.models.transformer_config import BuildContext
 from lightning_megatron.module import MegatronModule
 from lightning_megatron.optim.config import OptimizerConfig
 from lightning_megatron.optim.optimizer import MegatronOptimizer, build_optimizer
+from lightning_megatron.planner.stages import by_cost
 from lightning_megatron.precision import MegatronPrecision
 from lightning_megatron.read_ahead import batches_to_come
 from lightning_megatron.replica import ReplicaGroups
@@ -257,6 +259,7 @@ class MegatronStrategy(DDPStrategy):
         self._open_watch()
         if self._undecided:
             self._decide()
+        self._spread_layers()
         self._initialise_groups()
         assert self.lightning_module is not None
         callbacks = self.lightning_module.trainer.callbacks  # type: ignore[attr-defined]
@@ -350,6 +353,19 @@ class MegatronStrategy(DDPStrategy):
         self._ddp_options["overlap_param_gather"] |= choice.overlap_param_gather
         self._undecided = False
         rank_zero_info(f"MegatronStrategy('auto'): {choice.reason}")
+
+    def _spread_layers(self) -> None:
+        """On GPUs, weigh the loss when layers are spread over stages, unless the layout says how."""
+        config = getattr(self.lightning_module, "config", None)
+        if self.root_device.type != "cuda" or not isinstance(config, GPTConfig) or config.num_moe_experts is not None:
+            return
+        layout = by_cost(config, self.layout)
+        if layout != self.layout:
+            rank_zero_info(
+                f"The last pipeline stage also computes the loss, so layers are spread as "
+                f"{layout.pipeline_model_parallel_layout} (pipeline_model_parallel_layout)."
+            )
+            self.layout = layout
 
     def _choose(self) -> Choice:
         work = work_of(self.lightning_module, self.precision_plugin.precision)
@@ -801,6 +817,7 @@ class MegatronStrategy(DDPStrategy):
         if self._watch is not None:
             self._watch.close()
             self._watch = self._signals = None
+        release_recorded()
         self.precision_plugin.teardown()
         assert self.accelerator is not None
         self.accelerator.teardown()

@@ -12,7 +12,9 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Protocol
 
+import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
@@ -145,3 +147,35 @@ def _shut(descriptor: int) -> None:
             connection.shutdown(socket.SHUT_RDWR)
         except OSError:  # a socket that only listens
             return
+
+
+class Releasable(Protocol):
+    """What holds collectives in CUDA graphs."""
+
+    def release(self) -> None:
+        """Drop the graphs."""
+        ...
+
+
+_recorded: weakref.WeakSet[Releasable] = weakref.WeakSet()
+
+
+def release_before_groups_end(owner: Releasable) -> None:
+    """Have the graphs of ``owner`` dropped at the end of the process, or by :func:`release_recorded` before.
+
+    NCCL's communicators wait for graphs that hold their kernels (https://github.com/pytorch/pytorch/issues/115388).
+    Lightning ends the groups at the end of the process by a function that it registered before; later ones run earlier.
+    """
+    if not _recorded:
+        atexit.unregister(release_recorded)
+        atexit.register(release_recorded)
+    _recorded.add(owner)
+
+
+def release_recorded() -> None:
+    """Drop every CUDA graph that holds a collective; call it before ending the process groups."""
+    owners = list(_recorded)
+    if owners and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    for owner in owners:
+        owner.release()

@@ -20,15 +20,14 @@ def build_engine(module: MegatronModule, *, cuda_graphs: bool | None = None) -> 
     """An engine for this rank's chunks of a module; keep it to generate often.
 
     Args:
-        cuda_graphs: record the step of a new token and replay it. ``None`` does so for a decoder-only model that lies
-            on one GPU as a whole.
+        cuda_graphs: record the step of a new token and replay it. ``None`` does so for a decoder-only model on GPUs.
 
     Raises:
         ModuleError: a module that does not generate, or that has no chunks yet.
     """
     decoder, groups = module.build_decoder(), module.strategy.build_context.groups
     if cuda_graphs is None:
-        cuda_graphs = decoder.device.type == "cuda" and groups.mp.size() == 1 and not decoder.is_encoder_decoder
+        cuda_graphs = decoder.device.type == "cuda" and not decoder.is_encoder_decoder
     return Engine(decoder, groups, cuda_graphs=cuda_graphs)
 
 

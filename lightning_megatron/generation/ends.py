@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_megatron.backends import peer_sum
 from lightning_megatron.generation.layers import gather_columns, project
 from lightning_megatron.generation.protocol import Step
 from lightning_megatron.models.config import GPTConfig, T5Config
@@ -29,7 +30,7 @@ class Embedding:
             local = tokens - self._tp.rank() * weight.size(0)
             elsewhere = (local < 0) | (local >= weight.size(0))
             hidden = F.embedding(local.masked_fill(elsewhere, 0), weight).masked_fill(elsewhere[..., None], 0)
-            dist.all_reduce(hidden, group=self._tp)
+            hidden = peer_sum.all_reduce(hidden, self._tp)
         if self._embedding.add_position_embedding:
             hidden = hidden + self._embedding.position_embeddings(step.positions)
         return hidden

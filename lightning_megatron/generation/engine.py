@@ -72,7 +72,7 @@ class Engine:
     Args:
         decoder: this rank's part of the model.
         groups: process groups of the replica.
-        cuda_graphs: record the step of a new token and replay it, on CUDA without tensor parallelism.
+        cuda_graphs: record the step of a new token and replay it, on CUDA; on every rank of the replica or on none.
     """
 
     def __init__(self, decoder: Decoder, groups: ProcessGroupCollection, *, cuda_graphs: bool = False) -> None:

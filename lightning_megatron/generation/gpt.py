@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_megatron.backends import peer_sum
 from lightning_megatron.backends.core import ProcessGroupCollection
 from lightning_megatron.generation.ends import Embedding, Head
 from lightning_megatron.generation.layers import DecodingLayer, DistanceBias, KVCache, Rotary
@@ -25,6 +26,7 @@ class GPTDecoder:
     """
 
     def __init__(self, chunks: Sequence[Any], config: GPTConfig, groups: ProcessGroupCollection) -> None:
+        peer_sum.connect(groups.tp)
         weight = next(chunks[0].parameters())
         self.num_chunks = len(chunks)
         self.hidden_size = config.hidden_size

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_megatron.backends.groups import release_before_groups_end
 from lightning_megatron.generation.protocol import Decoder, Step
 
 _BUCKET = 128
@@ -41,6 +42,7 @@ class GraphedDecoder:
         self._size = (0, 0)
         self._recorded: dict[tuple[int, int], _Recorded] = {}
         self._pool: Any = None
+        release_before_groups_end(self)  # tensor parallelism records its collectives too
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
         """As the decoder's."""
@@ -94,7 +96,8 @@ class GraphedDecoder:
                 self._run(chunk, keys, inputs, positions)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads (NCCL's watchdog) may go on calling CUDA.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             output = self._run(chunk, keys, inputs, positions)
         self._pool = graph.pool()
         return _Recorded(graph, inputs, positions, output)

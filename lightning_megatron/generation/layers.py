@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_megatron.backends import peer_sum
 from lightning_megatron.backends.core import MLP, CrossAttention, SelfAttention, TransformerLayer
 from lightning_megatron.errors import ModuleError
 from lightning_megatron.generation.protocol import Step
@@ -301,7 +302,7 @@ def row_parallel(linear: Any, inputs: Tensor, tp: dist.ProcessGroup) -> Tensor:
     out, adapter = project(inputs, linear.weight), getattr(linear, "adapter", None)
     if adapter is not None:
         out = out + adapter.product(inputs)
-    dist.all_reduce(out, group=tp)
+    out = peer_sum.all_reduce(out, tp)
     return out if linear.bias is None else out + linear.bias
 
 

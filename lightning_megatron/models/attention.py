@@ -264,6 +264,8 @@ class SDPACoreAttention(CoreModule):
 
     def can_be_recorded(self, states: Tensor) -> bool:
         """Whether a CUDA graph may hold this attention of ``[sequence, batch, hidden]`` states without a mask."""
+        if self.slopes is not None and self.training and self.attention_dropout > 0.0:
+            return False  # then scores of all pairs are made
         return not self._alibi_in_cudnn(states.size(0), states)
 
     def _joined(self, out: Tensor) -> Tensor:
@@ -275,7 +277,16 @@ class SDPACoreAttention(CoreModule):
         # parallelism the layer has forked the generator already.
         if dropout == 0.0 or self.config.sequence_parallel:
             return nullcontext()
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            return nullcontext()
         return tensor_parallel.get_cuda_rng_tracker().fork()
+
+    def rng_of_graphs(self) -> AbstractContextManager[None]:
+        """Around the capture and the replay of a graph with this attention, which cannot fork the generator itself.
+
+        A replay draws from the default generator's state of the time, as an ordinary call does.
+        """
+        return self._rng(self.attention_dropout if self.training else 0.0)
 
 
 def _only_slopes(scores: Scores) -> bool:

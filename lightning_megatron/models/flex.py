@@ -115,6 +115,8 @@ def _score_mod(scores: Scores) -> Callable[..., Tensor] | None:
 
 # Layers of a micro-batch share a mask, so the last one is kept: (what it is of, the mask).
 _last: list[tuple[tuple[Any, ...], Any]] = []
+_recorded: list[Any] = []
+"""Masks that CUDA graphs read, whose addresses must stay theirs."""
 
 
 def block_mask(scores: Scores, batch: int, queries: int, keys: int) -> Any:
@@ -125,7 +127,10 @@ def block_mask(scores: Scores, batch: int, queries: int, keys: int) -> Any:
     sources = (scores.query_positions, scores.key_positions, documents, key_documents, hidden)
     key = (scores.causal, batch, queries, keys, *((t.data_ptr(), t._version) for t in sources if t is not None))
     if _last and _last[0][0] == key:
-        return _last[0][1][0]
+        kept = _last[0][1]
+        if torch.cuda.is_current_stream_capturing() and not any(kept is other for other in _recorded):
+            _recorded.append(kept)
+        return kept[0]
     mask = _compiled()[1](
         _mask_mod(scores),
         B=batch if documents is not None or (hidden is not None and hidden.size(0) > 1) else None,

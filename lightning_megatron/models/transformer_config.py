@@ -121,6 +121,8 @@ def transformer_config(
         # silently when there are two stages. Megatron-LM guards this in its argument parser only.
         batch_p2p_comm=not interleaved,
         overlap_p2p_comm=interleaved,
+        # A wait of the host after each send and receive, for a race of torch before 2.0: the device would run dry.
+        batch_p2p_sync=False,
         deallocate_pipeline_outputs=True,
         # types
         params_dtype=policy.params,

@@ -61,6 +61,13 @@ for rms, with_bias, with_residual, with_output in itertools.product((False, True
     close(y, expected_y)
     for index in (0, 2) if rms else (0, 1, 2):  # RMSNorm has no bias whose gradient the second would be
         close(sums[index].sum(0), expected_sums[index].sum(0))
+    # Another rank's part of the gradient, and a place for the result.
+    more, place = draw(11, 40), draw(22, 40)
+    again = triton_rows.norm_backward(*arguments, more=more, out=place[11:])
+    close(place[11:], reference.norm_backward(*arguments, more=more)[0])
+    close(again[0], place[11:])
+    close(triton_rows.norm_forward(x, weight, bias, norm, out=place[:11])[0], expected[0])
+    close(place[:11], expected[0])
 
 for name, gated in itertools.product(("gelu", "gelu_tanh", "silu", "relu"), (False, True)):
     activation = Activation(name, gated)
@@ -77,6 +84,12 @@ for with_bias in (False, True):
     none = Dropout(0.0)
     close(triton_tiles.add_forward(residual, x, bias, none), reference.add_forward(residual, x, bias, none))
     rows_arguments = (draw(33), bias, Norm(with_bias, 1e-5))
+    more, place = draw(130, 33), draw(130, 33)
+    both = triton_rows.add_norm_forward(residual, x, bias, none, *rows_arguments, more=more, out=place)
+    for a, e in zip(both, reference.add_norm_forward(residual, x + more, bias, none, *rows_arguments), strict=True):
+        close(a, e)
+    close(place, both[1])
+    close(triton_tiles.add_forward(residual, x, bias, none, more=more), both[0])
     actual = triton_rows.add_norm_forward(residual, x, bias, none, *rows_arguments)
     for a, e in zip(actual, reference.add_norm_forward(residual, x, bias, none, *rows_arguments), strict=True):
         close(a, e)

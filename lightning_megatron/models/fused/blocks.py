@@ -4,7 +4,8 @@
 Between matrix products runs exactly one kernel. Kept for the backward, per token and hidden unit of a GPT-2 layer, are
 28 bytes in 16 bit: the two inputs of the norms, query, key, value, the attention's output, and the MLP before and after
 its activation. The outputs of the norms are computed again by the kernel of their backward, which reads the inputs
-anyway; with tensor parallelism they are kept, so that the weight gradient can run beside the collective.
+anyway; with tensor parallelism they are kept, so that the weight gradient can run beside the collective, and those of
+two ranks gathered.
 
 All activations are ``[tokens, width]`` with ``tokens = sequence * batch``, sequence outermost.
 """
@@ -60,6 +61,7 @@ def projection_gradients(
     projection: tuple[Tensor, Tensor | None],
     dropout: Dropout,
     parallel: TensorParallel,
+    room: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The backward of an attention's output projection, dropout and residual, before the norm that follows them.
 
@@ -69,6 +71,7 @@ def projection_gradients(
         norm: its weight and bias
         attention: what was projected, ``[tokens, width]``
         projection: its weight and bias
+        room: for the tokens of all ranks, where ``dmiddle`` is already
 
     Returns:
         The gradients of the attention's output, and of the projection's and the norm's weight and bias.
@@ -81,8 +84,8 @@ def projection_gradients(
     if dropout.probability:
         dprojected, sums = ops.add_backward(dmiddle, dropout)
         dbias = column_gradients(sums, [bias])[0]
-    dprojected = parallel.enter(dprojected)
-    dattention = dprojected.mm(weight)
+        room = None
+    dprojected, dattention = parallel.gather_product(dprojected, weight, gathered=room)
     return dattention, WeightGradients().add(dprojected, attention, weight), dbias, dnorm_weight, dnorm_bias
 
 
@@ -97,11 +100,12 @@ class AttentionInput(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, norm_weight, norm_bias, weight, bias, angles, plan: LayerPlan):
         rows = x.view(-1, x.size(-1))
-        y, mean, rstd = ops.norm_forward(rows, norm_weight, norm_bias, plan.norm)
-        qkv = torch.nn.functional.linear(plan.parallel.enter(y), weight, bias)
+        room, own = plan.parallel.room(rows)
+        y, mean, rstd = ops.norm_forward(rows, norm_weight, norm_bias, plan.norm, out=own)
+        gathered, qkv = plan.parallel.gather_product(y, weight.t(), bias, room)
         heads = plan.heads(len(qkv), x.size(1))
         rotary = None if angles is None else Rotary.of(angles, plan.rotary_interleaved)
-        ctx.save_for_backward(x, mean, rstd, y if plan.keep_norm_outputs else None)
+        ctx.save_for_backward(x, mean, rstd, plan.parallel.kept(y, gathered) if plan.keep_norm_outputs else None)
         # Not through save_for_backward: parameters need their attributes, and no check against changes in place.
         ctx.parameters = (norm_weight, norm_bias, weight, bias)
         ctx.plan, ctx.heads, ctx.rotary = plan, heads, rotary
@@ -114,11 +118,12 @@ class AttentionInput(torch.autograd.Function):
         plan: LayerPlan = ctx.plan
         parallel = plan.parallel
         dqkv, bias_sums = ops.join_heads(dq, dk, dv, ctx.heads, ctx.rotary)
-        dy, work = parallel.start_leave(dqkv.mm(weight))
+        # The gather goes on beside the input gradient, whose sum over ranks goes on beside the weight gradient.
+        gathered = None if y is None else parallel.start_gather_kept(y)
+        total = parallel.start_product_leave(dqkv, weight)
         weights = WeightGradients()
-        dweight = None if y is None else weights.add(dqkv, parallel.enter(y), weight)
-        if work is not None:
-            work.wait()
+        dweight = None if gathered is None else weights.add(dqkv, gathered.wait(), weight)
+        dy, more = total.addends()
         dx, sums, y_again = ops.norm_backward(
             dy,
             x.view(dy.shape),
@@ -129,9 +134,10 @@ class AttentionInput(torch.autograd.Function):
             None if dresidual is None else dresidual.contiguous().view(dy.shape),
             plan.norm,
             y is None,
+            more=more,
         )
         if y_again is not None:
-            dweight = weights.add(dqkv, parallel.enter(y_again), weight)
+            dweight = weights.add(dqkv, y_again, weight)
         dnorm_weight, dnorm_bias, _ = column_gradients(sums, [norm_weight, norm_bias, None])
         dbias = None if bias is None else column_gradients(bias_sums, [bias])[0]
         weights.join()
@@ -151,17 +157,20 @@ class AttentionOutputAndMLP(torch.autograd.Function):
         ctx, residual, attention, proj_weight, proj_bias, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight,
         fc2_bias, seed, plan: LayerPlan,
     ):  # fmt: skip
-        parallel, linear = plan.parallel, torch.nn.functional.linear
+        parallel = plan.parallel
         first, second, within = plan.hidden(seed, 0), plan.hidden(seed, 1), plan.inner(seed)
         attention_rows = attention.reshape(-1, attention.size(-1))
-        projected = parallel.leave(linear(attention_rows, proj_weight))
+        projected, more = parallel.start_product_leave(attention_rows, proj_weight.t()).addends()
+        room, own = parallel.room(projected)
         middle, y, mean, rstd = ops.add_norm_forward(
-            residual, projected, proj_bias, first, norm_weight, norm_bias, plan.norm
+            residual, projected, proj_bias, first, norm_weight, norm_bias, plan.norm, more=more, out=own
         )
-        inner = linear(parallel.enter(y), fc1_weight, fc1_bias)
+        gathered, inner = parallel.gather_product(y, fc1_weight.t(), fc1_bias, room)
         active = ops.drop(ops.activation_forward(inner, plan.activation), within)
-        out = ops.add_forward(middle, parallel.leave(linear(active, fc2_weight)), fc2_bias, second)
-        ctx.save_for_backward(attention_rows, middle, mean, rstd, y if plan.keep_norm_outputs else None, inner, active)
+        added, more = parallel.start_product_leave(active, fc2_weight.t()).addends()
+        out = ops.add_forward(middle, added, fc2_bias, second, more=more)
+        kept = parallel.kept(y, gathered) if plan.keep_norm_outputs else None
+        ctx.save_for_backward(attention_rows, middle, mean, rstd, kept, inner, active)
         ctx.parameters = (
             proj_weight, proj_bias, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias
         )  # fmt: skip
@@ -183,22 +192,33 @@ class AttentionOutputAndMLP(torch.autograd.Function):
         if fc2_bias is not None or second.probability:
             dmlp, sums = ops.add_backward(dout, second)
             dbias2 = column_gradients(sums, [fc2_bias])[0]
-        dmlp = parallel.enter(dmlp)
-        dactive = ops.drop(dmlp.mm(fc2_weight), within)
+        dmlp, dactive = parallel.gather_product(dmlp, fc2_weight)
+        dactive = ops.drop(dactive, within)
         dweight2 = weights.add(dmlp, active, fc2_weight)
         dinner, sums = ops.activation_backward(dactive, inner, plan.activation)
         dbias1 = None if fc1_bias is None else column_gradients(sums, [fc1_bias])[0]
-        dy, work = parallel.start_leave(dinner.mm(fc1_weight))
-        dweight1 = None if y is None else weights.add(dinner, parallel.enter(y), fc1_weight)
-        if work is not None:
-            work.wait()
+        gathered = None if y is None else parallel.start_gather_kept(y)
+        total = parallel.start_product_leave(dinner, fc1_weight)
+        dweight1 = None if gathered is None else weights.add(dinner, gathered.wait(), fc1_weight)
+        dy, more = total.addends()
+        room, own = parallel.room(dy)
         dmiddle, sums, y_again = ops.norm_backward(
-            dy, middle.view(dy.shape), norm_weight, norm_bias, mean, rstd, dout, plan.norm, y is None
+            dy,
+            middle.view(dy.shape),
+            norm_weight,
+            norm_bias,
+            mean,
+            rstd,
+            dout,
+            plan.norm,
+            y is None,
+            more=more,
+            out=own,
         )
         if y_again is not None:
-            dweight1 = weights.add(dinner, parallel.enter(y_again), fc1_weight)
+            dweight1 = weights.add(dinner, y_again, fc1_weight)
         dattention, dproj_weight, dproj_bias, dnorm_weight, dnorm_bias = projection_gradients(
-            dmiddle, sums, (norm_weight, norm_bias), attention, (proj_weight, proj_bias), first, parallel
+            dmiddle, sums, (norm_weight, norm_bias), attention, (proj_weight, proj_bias), first, parallel, room
         )
         return (
             dmiddle.view(middle.shape), dattention.view(ctx.attention_shape), dproj_weight, dproj_bias, dnorm_weight,

@@ -24,12 +24,14 @@ class AttentionOutputAndQuery(torch.autograd.Function):
     ):
         parallel, dropout = plan.parallel, plan.hidden(seed, 2)
         attention_rows = attention.reshape(-1, attention.size(-1))
-        projected = parallel.leave(torch.nn.functional.linear(attention_rows, proj_weight))
+        projected, more = parallel.start_product_leave(attention_rows, proj_weight.t()).addends()
+        room, own = parallel.room(projected)
         middle, y, mean, rstd = ops.add_norm_forward(
-            residual, projected, proj_bias, dropout, norm_weight, norm_bias, plan.norm
+            residual, projected, proj_bias, dropout, norm_weight, norm_bias, plan.norm, more=more, out=own
         )
-        query = torch.nn.functional.linear(parallel.enter(y), weight, bias)
-        ctx.save_for_backward(attention_rows, middle, mean, rstd, y if plan.keep_norm_outputs else None)
+        gathered, query = parallel.gather_product(y, weight.t(), bias, room)
+        kept = parallel.kept(y, gathered) if plan.keep_norm_outputs else None
+        ctx.save_for_backward(attention_rows, middle, mean, rstd, kept)
         ctx.parameters = (proj_weight, proj_bias, norm_weight, norm_bias, weight, bias)
         ctx.plan, ctx.dropout, ctx.attention_shape = plan, dropout, attention.shape
         return middle, query.view(-1, residual.size(1), plan.groups * plan.queries_per_group, plan.head_width)
@@ -41,19 +43,30 @@ class AttentionOutputAndQuery(torch.autograd.Function):
         plan: LayerPlan = ctx.plan
         parallel, weights = plan.parallel, WeightGradients()
         dquery = dquery.reshape(-1, len(weight))
-        dy, work = parallel.start_leave(dquery.mm(weight))
-        dweight = None if y is None else weights.add(dquery, parallel.enter(y), weight)
+        gathered = None if y is None else parallel.start_gather_kept(y)
+        total = parallel.start_product_leave(dquery, weight)
+        dweight = None if gathered is None else weights.add(dquery, gathered.wait(), weight)
         dbias = None if bias is None else column_gradients(dquery.float().sum(0)[None, None], [bias])[0]
-        if work is not None:
-            work.wait()
+        dy, more = total.addends()
+        room, own = parallel.room(dy)
         dmiddle = None if dmiddle is None else dmiddle.contiguous().view(dy.shape)
         dmiddle, sums, y_again = ops.norm_backward(
-            dy, middle.view(dy.shape), norm_weight, norm_bias, mean, rstd, dmiddle, plan.norm, y is None
+            dy,
+            middle.view(dy.shape),
+            norm_weight,
+            norm_bias,
+            mean,
+            rstd,
+            dmiddle,
+            plan.norm,
+            y is None,
+            more=more,
+            out=own,
         )
         if y_again is not None:
-            dweight = weights.add(dquery, parallel.enter(y_again), weight)
+            dweight = weights.add(dquery, y_again, weight)
         dattention, dproj_weight, dproj_bias, dnorm_weight, dnorm_bias = projection_gradients(
-            dmiddle, sums, (norm_weight, norm_bias), attention, (proj_weight, proj_bias), ctx.dropout, parallel
+            dmiddle, sums, (norm_weight, norm_bias), attention, (proj_weight, proj_bias), ctx.dropout, parallel, room
         )
         return (
             dmiddle.view(middle.shape), dattention.view(ctx.attention_shape), dproj_weight, dproj_bias, dnorm_weight,
@@ -81,8 +94,10 @@ class KeyValue(torch.autograd.Function):
         weight, bias = ctx.parameters
         parallel, weights = ctx.plan.parallel, WeightGradients()
         dboth = torch.stack((dkey, dvalue), dim=3).view(-1, len(weight))
+        # The same order as in other blocks: gather, input gradient, its sum over ranks beside the weight gradient.
+        gathered = parallel.start_gather(rows)
         drows, work = parallel.start_leave(dboth.mm(weight))
-        dweight = weights.add(dboth, parallel.enter(rows), weight)
+        dweight = weights.add(dboth, gathered.wait(), weight)
         dbias = None if bias is None else column_gradients(dboth.float().sum(0)[None, None], [bias])[0]
         if work is not None:
             work.wait()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_megatron.models.fused import ops
 from lightning_megatron.models.fused.linear import (
+    Pending,
     TensorParallel,
     before_forward,
     column_gradients,
@@ -72,8 +73,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, dloss):
         rows, target, log_sum, *kept = ctx.saved_tensors
         weight, bias, shard, chunk = ctx.weight, ctx.bias, ctx.shard, ctx.chunk
-        x = shard.parallel.enter(rows)
+        # Kept logits need no tokens: the gather goes on beside the input gradient, and its sum beside the weight's.
+        gathered = shard.parallel.start_gather(rows)
+        if not kept:
+            gathered.wait()
+        x = gathered.result
         dx = torch.empty_like(x)
+        leaving = Pending(dx, None)
         scale = dloss.float().contiguous()
         dweight = None
         bias_sum = None if bias is None else torch.zeros(len(weight), device=x.device)
@@ -82,15 +88,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = kept[index] if kept else torch.nn.functional.linear(x[part], weight, bias)
             dlogits = ops.softmax_gradient_(logits, target[part], log_sum[part], scale[part], shard.real)
             torch.mm(dlogits, weight, out=dx[part])
+            if first + chunk >= len(x):
+                leaving = Pending(*shard.parallel.start_leave(dx))
             if bias_sum is not None:
                 bias_sum += dlogits.sum(0, dtype=torch.float32)
+            gathered.wait()
             update = weight_gradient(dlogits, x[part], weight)
             # With main_grad each call hands over the same kind of placeholder; without, the gradients add up.
             if dweight is None or update is None or main_grad_of(weight) is not None:
                 dweight = update
             else:
                 dweight = dweight + update
-        dx = shard.parallel.leave(dx)
+        dx = leaving.wait()
         dbias = None if bias_sum is None else column_gradients(bias_sum[None, None], [bias])[0]
         return dx.view(ctx.shape), dweight, dbias, None, None
 

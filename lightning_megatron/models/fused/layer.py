@@ -20,6 +20,7 @@ from lightning_megatron.backends.core import (
 )
 from lightning_megatron.models.fused.blocks import AttentionInput, AttentionOutputAndMLP, LayerPlan
 from lightning_megatron.models.fused.cross import AttentionOutputAndQuery, KeyValue
+from lightning_megatron.models.fused.exchange import Exchange
 from lightning_megatron.models.fused.float8 import LayerCall, LayerFloat8
 from lightning_megatron.models.fused.float8_blocks import Float8AttentionInput, Float8AttentionOutputAndMLP
 from lightning_megatron.models.fused.graph import LayerGraph
@@ -84,16 +85,19 @@ def reason_not_used(config: TransformerConfig) -> str | None:
 
 
 def reason_without_graphs(config: TransformerConfig) -> str | None:
-    """Why fused layers of this configuration run without CUDA graphs, in words; ``None`` if they are captured."""
+    """Why fused FP8 layers of this configuration run without CUDA graphs, in words; ``None`` if they are captured.
+
+    Scales are agreed on between ranks, and kept from one micro-batch to the next, outside of what is captured.
+    """
     for name, only in (
         ("tensor_model_parallel_size", 1),
-        ("pipeline_model_parallel_size", 1),  # micro-batches in flight need memory of their own
+        ("pipeline_model_parallel_size", 1),
         ("context_parallel_size", 1),
         ("recompute_granularity", None),
-        ("attention_dropout", 0.0),  # drawn from a generator that a graph cannot fork
+        ("attention_dropout", 0.0),
     ):
         if getattr(config, name) != only:
-            return f"{name}={getattr(config, name)!r}"
+            return f"fp8 with {name}={getattr(config, name)!r}"
     return None
 
 
@@ -137,13 +141,21 @@ class FusedTransformerLayer(TransformerLayer):
             )
         if self._reason is not None and self.layer_number == 1:
             logger.warning("Transformer layers run unfused, because of %s.", self._reason)
-        self._plan = None if self._reason is not None else self._make_plan()
         self.float8 = None if float8 is None else LayerFloat8(float8, self._weights())
+        self._plan = None if self._reason is not None else self._make_plan()
         self._graph: LayerGraph | None = None
-        reason = self._reason or reason_without_graphs(config)
+        reason = self._reason
+        if self.float8 is not None:
+            reason = reason or reason_without_graphs(config)
         if reason is None:
             before_backward = None if self.float8 is None else self.float8.note_accumulation
-            self._graph = LayerGraph(self._blocks, list(self.parameters()), before_backward)
+            self._graph = LayerGraph(
+                self._blocks,
+                list(self.parameters()),
+                before_backward,
+                chunk=kwargs.get("vp_stage") or 0,
+                holds_collectives=config.tensor_model_parallel_size * config.context_parallel_size > 1,
+            )
         elif self.layer_number == 1 and torch.cuda.is_available():
             logger.info("Transformer layers run without CUDA graphs, because of %s.", reason)
 
@@ -156,7 +168,9 @@ class FusedTransformerLayer(TransformerLayer):
         name = _activation(config)
         assert name is not None
         size = self.tp_group.size()
-        parallel = TensorParallel(self.tp_group, size, config.sequence_parallel and size > 1)
+        sequence_parallel = config.sequence_parallel and size > 1
+        exchange = self._exchange() if sequence_parallel and self.float8 is None else None
+        parallel = TensorParallel(self.tp_group, size, sequence_parallel, exchange)
         return LayerPlan(
             norm=Norm(config.normalization == "RMSNorm", config.layernorm_epsilon),
             activation=Activation(name, config.gated_linear_unit),
@@ -169,6 +183,12 @@ class FusedTransformerLayer(TransformerLayer):
             inner_dropout=self.inner_dropout,
             keep_norm_outputs=size > 1,
         )
+
+    def _exchange(self) -> Exchange | None:
+        exchange, reason = Exchange.of(self.tp_group)
+        if reason is not None and self.layer_number == 1 and torch.cuda.is_available():
+            logger.info("Tensor-parallel ranks exchange tokens through NCCL, because %s.", reason)
+        return exchange
 
     def forward(
         self,
@@ -230,7 +250,8 @@ class FusedTransformerLayer(TransformerLayer):
             replays = others.constants is not None and self.training and x.is_cuda and torch.is_grad_enabled()
             replays = replays and self.self_attention.core_attention.can_be_recorded(x)
             if self._graph is not None and replays and not torch.cuda.is_current_stream_capturing():
-                out = self._graph(inputs, seed, others.constants or ())
+                with self.self_attention.core_attention.rng_of_graphs():
+                    out = self._graph(inputs, seed, others.constants or ())
                 if out is not None:
                     return out
             return self._blocks(inputs, seed)
@@ -275,7 +296,9 @@ class FusedTransformerLayer(TransformerLayer):
 
     def _attend(self, attention: Any, states: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, bias: Any) -> Tensor:
         run = partial(attention.core_attention, attn_mask_type=attention.attn_mask_type, attention_bias=bias)
-        if attention.checkpoint_core_attention and self.training:
+        # What a graph may hold is a kernel that keeps no scores, so that there is nothing to save by a second pass.
+        captured = states[0].is_cuda and torch.cuda.is_current_stream_capturing()
+        if attention.checkpoint_core_attention and self.training and not captured:
             return tensor_parallel.checkpoint(run, False, *states, mask)
         return run(*states, mask)
 

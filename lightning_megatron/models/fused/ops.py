@@ -24,9 +24,11 @@ def kernels_run_on(tensor: Tensor) -> bool:
     return HAVE_TRITON and (tensor.is_cuda or INTERPRETED)
 
 
-def norm_forward(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
+def norm_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm, *, out: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`reference.norm_forward`."""
-    return (triton_rows if kernels_run_on(x) else reference).norm_forward(x, weight, bias, norm)
+    return (triton_rows if kernels_run_on(x) else reference).norm_forward(x, weight, bias, norm, out=out)
 
 
 def norm_backward(
@@ -39,15 +41,20 @@ def norm_backward(
     dresidual: Tensor | None,
     norm: Norm,
     with_output: bool,
+    *,
+    more: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See :func:`reference.norm_backward`."""
     module = triton_rows if kernels_run_on(x) else reference
-    return module.norm_backward(dy, x, weight, bias, mean, rstd, dresidual, norm, with_output)
+    return module.norm_backward(dy, x, weight, bias, mean, rstd, dresidual, norm, with_output, more=more, out=out)
 
 
-def add_forward(residual: Tensor, x: Tensor, bias: Tensor | None, dropout: Dropout) -> Tensor:
+def add_forward(
+    residual: Tensor, x: Tensor, bias: Tensor | None, dropout: Dropout, *, more: Tensor | None = None
+) -> Tensor:
     """See :func:`reference.add_forward`."""
-    return (triton_tiles if kernels_run_on(x) else reference).add_forward(residual, x, bias, dropout)
+    return (triton_tiles if kernels_run_on(x) else reference).add_forward(residual, x, bias, dropout, more=more)
 
 
 def add_norm_forward(
@@ -58,10 +65,13 @@ def add_norm_forward(
     weight: Tensor,
     bias: Tensor | None,
     norm: Norm,
+    *,
+    more: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`reference.add_norm_forward`."""
     module = triton_rows if kernels_run_on(x) else reference
-    return module.add_norm_forward(residual, x, x_bias, dropout, weight, bias, norm)
+    return module.add_norm_forward(residual, x, x_bias, dropout, weight, bias, norm, more=more, out=out)
 
 
 def add_backward(dy: Tensor, dropout: Dropout) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,13 @@ from torch import Tensor
 from lightning_megatron.models.fused.types import Activation, Dropout, HeadLayout, Norm, Rotary
 
 
-def norm_forward(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
+def norm_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm, *, out: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """LayerNorm (arXiv:1607.06450) or RMSNorm (arXiv:1910.07467) of each row.
+
+    Args:
+        out: where the output is written, if not into a new tensor.
 
     Returns:
         The output ``[tokens, hidden]``, and per row the mean (zeros for RMSNorm) and the reciprocal deviation, float32.
@@ -28,7 +33,15 @@ def norm_forward(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm) -> 
     y = centred * rstd[:, None] * weight.float()
     if bias is not None:
         y = y + bias.float()
-    return y.to(x.dtype), mean, rstd
+    return _written(y.to(x.dtype), out), mean, rstd
+
+
+def _written(result: Tensor, out: Tensor | None) -> Tensor:
+    return result if out is None else out.copy_(result)
+
+
+def _sum(x: Tensor, more: Tensor | None) -> Tensor:
+    return x.float() if more is None else x.float() + more.float()
 
 
 def norm_backward(
@@ -41,15 +54,22 @@ def norm_backward(
     dresidual: Tensor | None,
     norm: Norm,
     with_output: bool,
+    *,
+    more: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradient of ``norm_forward`` plus the gradient that reached ``x`` on the residual path.
+
+    Args:
+        more: another part of ``dy``, of another rank.
+        out: where ``dx`` is written, if not into a new tensor.
 
     Returns:
         ``dx``; float32 column sums ``[3, partial, hidden]`` for the weight, the bias (of LayerNorm only), and of ``dx``
         itself (the gradient of a bias that was added to ``x`` before); and the output again if asked for.
     """
     normalised = (x.float() - mean[:, None]) * rstd[:, None]
-    gradient = dy.float()
+    gradient = _sum(dy, more)
     scaled = gradient * weight.float()
     dx = scaled - normalised * (scaled * normalised).mean(1, keepdim=True)
     if not norm.rms:
@@ -57,7 +77,7 @@ def norm_backward(
     dx = dx * rstd[:, None]
     if dresidual is not None:
         dx = dx + dresidual.float()
-    dx = dx.to(x.dtype)
+    dx = _written(dx.to(x.dtype), out)
     sums = torch.stack([(gradient * normalised).sum(0), gradient.sum(0), dx.float().sum(0)])[:, None]
     if not with_output:
         return dx, sums, None
@@ -72,9 +92,11 @@ def keep_mask(shape: torch.Size, dropout: Dropout) -> Tensor:
     return torch.rand(shape, generator=generator, device=dropout.seed.device) >= dropout.probability
 
 
-def add_forward(residual: Tensor, x: Tensor, bias: Tensor | None, dropout: Dropout) -> Tensor:
-    """``residual + dropout(x + bias)`` of ``[tokens, hidden]``, in the shape of ``residual``."""
-    values = x.float() if bias is None else x.float() + bias.float()
+def add_forward(
+    residual: Tensor, x: Tensor, bias: Tensor | None, dropout: Dropout, *, more: Tensor | None = None
+) -> Tensor:
+    """``residual + dropout(x + more + bias)`` of ``[tokens, hidden]``, in the shape of ``residual``."""
+    values = _sum(x, more) if bias is None else _sum(x, more) + bias.float()
     if dropout.probability:
         values = values * keep_mask(x.shape, dropout) / (1.0 - dropout.probability)
     return (residual.float() + values.view_as(residual)).to(residual.dtype)
@@ -88,10 +110,13 @@ def add_norm_forward(
     weight: Tensor,
     bias: Tensor | None,
     norm: Norm,
+    *,
+    more: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``add_forward``, and what ``norm_forward`` returns for its result."""
-    added = add_forward(residual, x, x_bias, dropout)
-    return added, *norm_forward(added.view_as(x), weight, bias, norm)
+    added = add_forward(residual, x, x_bias, dropout, more=more)
+    return added, *norm_forward(added.view_as(x), weight, bias, norm, out=out)
 
 
 def add_backward(dy: Tensor, dropout: Dropout) -> tuple[Tensor, Tensor]:

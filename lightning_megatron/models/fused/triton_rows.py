@@ -63,11 +63,11 @@ def _norm_forward(
 
 
 def norm_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm, cast: Cast | None = None
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm, cast: Cast | None = None, *, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``cast`` makes the output FP8."""
     rows, width = x.shape
-    y = torch.empty_like(x, dtype=x.dtype if cast is None else cast.dtype)
+    y = torch.empty_like(x, dtype=x.dtype if cast is None else cast.dtype) if out is None else out
     mean, rstd = torch.empty(2, rows, device=x.device).unbind()
     block, warps = _block(width)
     _norm_forward[(rows,)](
@@ -80,15 +80,17 @@ def norm_forward(
 
 @triton.jit
 def _add_norm_forward(
-    residual, x, x_bias, seed, stream, probability, weight, bias, added, y, mean, rstd, scale, amax, width, eps,
-    X_BIAS: tl.constexpr, DROPOUT: tl.constexpr, RMS: tl.constexpr, BIAS: tl.constexpr, LIMIT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    residual, x, more, x_bias, seed, stream, probability, weight, bias, added, y, mean, rstd, scale, amax, width, eps,
+    MORE: tl.constexpr, X_BIAS: tl.constexpr, DROPOUT: tl.constexpr, RMS: tl.constexpr, BIAS: tl.constexpr,
+    LIMIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     offsets = row * width + columns
     values = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
+    if MORE:
+        values += tl.load(more + offsets, mask=inside, other=0.0).to(tl.float32)
     if X_BIAS:
         values += tl.load(x_bias + columns, mask=inside, other=0.0).to(tl.float32)
     if DROPOUT:
@@ -122,16 +124,21 @@ def add_norm_forward(
     bias: Tensor | None,
     norm: Norm,
     cast: Cast | None = None,
+    *,
+    more: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``cast`` makes the norm's output FP8."""
     rows, width = x.shape
-    added, y = torch.empty_like(residual), torch.empty_like(x, dtype=x.dtype if cast is None else cast.dtype)
+    added = torch.empty_like(residual)
+    y = torch.empty_like(x, dtype=x.dtype if cast is None else cast.dtype) if out is None else out
     mean, rstd = torch.empty(2, rows, device=x.device).unbind()
     block, warps = _block(width)
     _add_norm_forward[(rows,)](
-        residual, x, x if x_bias is None else x_bias, x if dropout.seed is None else dropout.seed, dropout.stream,
-        dropout.probability, weight, weight if bias is None else bias, added, y, mean, rstd,
-        *((mean, mean) if cast is None else (cast.scale, cast.amax)), width, norm.eps,
+        residual, x, x if more is None else more, x if x_bias is None else x_bias,
+        x if dropout.seed is None else dropout.seed, dropout.stream, dropout.probability, weight,
+        weight if bias is None else bias, added, y, mean, rstd,
+        *((mean, mean) if cast is None else (cast.scale, cast.amax)), width, norm.eps, MORE=more is not None,
         X_BIAS=x_bias is not None, DROPOUT=dropout.probability > 0, RMS=norm.rms, BIAS=bias is not None,
         LIMIT=largest_of(cast), BLOCK=block, num_warps=warps,
     )  # fmt: skip
@@ -140,9 +147,9 @@ def add_norm_forward(
 
 @triton.jit
 def _norm_backward(
-    dy, x, weight, bias, mean, rstd, dresidual, dx, y, sums, rows, width, rows_per_program,
-    RMS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, OUTPUT: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    dy, more, x, weight, bias, mean, rstd, dresidual, dx, y, sums, rows, width, rows_per_program,
+    MORE: tl.constexpr, RMS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, OUTPUT: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
@@ -167,6 +174,8 @@ def _norm_backward(
         offsets = row[:, None] * width + columns[None, :]
         values = tl.load(x + offsets, mask=live, other=0.0).to(tl.float32)
         gradient = tl.load(dy + offsets, mask=live, other=0.0).to(tl.float32)
+        if MORE:
+            gradient += tl.load(more + offsets, mask=live, other=0.0).to(tl.float32)
         reciprocal = tl.load(rstd + row, mask=here, other=0.0)[:, None]
         if RMS:
             normalised = values * reciprocal
@@ -212,19 +221,22 @@ def norm_backward(
     dresidual: Tensor | None,
     norm: Norm,
     with_output: bool,
+    *,
+    more: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     rows, width = x.shape
-    dx = torch.empty_like(x)
+    dx = torch.empty_like(x) if out is None else out
     y = torch.empty_like(x) if with_output else None
     block, _ = _block(width)
     programs = _programs(rows, block, x.device)
     sums = torch.empty(3, programs, width, device=x.device)
     at_once = _BACKWARD_ROWS if block <= 2048 else 1
     _norm_backward[(programs,)](
-        dy, x, weight, weight if bias is None else bias, mean, rstd, dy if dresidual is None else dresidual, dx,
-        dx if y is None else y, sums, rows, width, triton.cdiv(rows, programs),
-        RMS=norm.rms, BIAS=bias is not None, RESIDUAL=dresidual is not None, OUTPUT=with_output, ROWS=at_once,
-        BLOCK=block, num_warps=_backward_warps(block),
+        dy, dy if more is None else more, x, weight, weight if bias is None else bias, mean, rstd,
+        dy if dresidual is None else dresidual, dx, dx if y is None else y, sums, rows, width,
+        triton.cdiv(rows, programs), MORE=more is not None, RMS=norm.rms, BIAS=bias is not None,
+        RESIDUAL=dresidual is not None, OUTPUT=with_output, ROWS=at_once, BLOCK=block, num_warps=_backward_warps(block),
     )  # fmt: skip
     return dx, sums, y
 

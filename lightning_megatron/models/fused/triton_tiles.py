@@ -128,14 +128,16 @@ def activation_backward(dy: Tensor, x: Tensor, activation: Activation) -> tuple[
 
 @triton.jit
 def _add_forward(
-    residual, x, bias, y, seed, stream, probability, rows, width,
-    BIAS: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    residual, x, more, bias, y, seed, stream, probability, rows, width,
+    MORE: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     inside = (row < rows) & (column < width)
     offsets = row * width + column
     values = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
+    if MORE:
+        values += tl.load(more + offsets, mask=inside, other=0.0).to(tl.float32)
     if BIAS:
         values += tl.load(bias + column, mask=column < width, other=0.0).to(tl.float32)
     if DROPOUT:
@@ -145,13 +147,15 @@ def _add_forward(
     tl.store(y + offsets, values.to(y.dtype.element_ty), mask=inside)
 
 
-def add_forward(residual: Tensor, x: Tensor, bias: Tensor | None, dropout: Dropout) -> Tensor:
+def add_forward(
+    residual: Tensor, x: Tensor, bias: Tensor | None, dropout: Dropout, *, more: Tensor | None = None
+) -> Tensor:
     rows, width = x.shape
     y = torch.empty_like(residual)
     _add_forward[(triton.cdiv(rows, _ROWS), triton.cdiv(width, _COLUMNS))](
-        residual, x, x if bias is None else bias, y, x if dropout.seed is None else dropout.seed, dropout.stream,
-        dropout.probability, rows, width,
-        BIAS=bias is not None, DROPOUT=dropout.probability > 0, ROWS=_ROWS, COLUMNS=_COLUMNS,
+        residual, x, x if more is None else more, x if bias is None else bias, y,
+        x if dropout.seed is None else dropout.seed, dropout.stream, dropout.probability, rows, width,
+        MORE=more is not None, BIAS=bias is not None, DROPOUT=dropout.probability > 0, ROWS=_ROWS, COLUMNS=_COLUMNS,
     )  # fmt: skip
     return y
 
