@@ -86,6 +86,8 @@ class Training(Job):
     precision: Precision = "32-true"
     experts: bool = False
     """A mixture of experts instead of dense layers."""
+    seed: int = 0
+    """Of the initial weights, where there is no checkpoint."""
     save: str | None = None
     """Name of a checkpoint to write at its end."""
     load: str | None = None
@@ -284,14 +286,16 @@ def _training(
                     limit=limit, **options)  # fmt: skip
 
 
-def _one_process(part: str, case: _Case, steps: int) -> tuple[Training, Training]:
+def _one_process(part: str, case: _Case, steps: int, seed: int = 0) -> tuple[Training, Training]:
     """The steps of one process, and its first alone, after which all layouts go on.
 
     On a GPU a seed gives other weights at another tensor-parallel size, so they cannot begin by themselves.
     """
-    whole = _training(part, case, _layout(1), steps, limit=90.0)  # kernels are compiled in this
-    file = f"first-{case.word}".replace(" ", "-")
-    return whole, _training(part, case, _layout(1), 1, ", its first step", reference=whole.name, save=file)
+    what = f", seed {seed}" if seed else ""
+    whole = _training(part, case, _layout(1), steps, what, limit=90.0, seed=seed)  # kernels are compiled in this
+    file = f"first-{case.word}{seed or ''}".replace(" ", "-")
+    first = _training(part, case, _layout(1), 1, f"{what}, its first step", reference=whole.name, save=file, seed=seed)
+    return whole, first
 
 
 def _equivalence() -> Iterator[Job]:
@@ -304,24 +308,44 @@ def _equivalence() -> Iterator[Job]:
     yield from sorted(found, key=lambda job: -job.layout.gpus)
 
 
+_RESUMED = (
+    (_layout(2, "tp2_sp"), (_layout(2, "pp2_vpp2"), _layout(1))),
+    (_layout(2, distributed=True, overlap=True), (_layout(2, "tp2"),)),
+    (_layout(4, "tp2_pp2_sp", distributed=True), (_layout(4, distributed=True), _layout(2, "pp2"))),
+    (_layout(8, "tp2_pp2_sp", distributed=True), (_layout(8, "tp4_pp2"), _layout(4, distributed=True))),
+)
+
+
 def _resharding() -> Iterator[Job]:
-    """After the first step three in one layout and three in another are seven of one process."""
-    ways = (
-        (_layout(2, "tp2_sp"), (_layout(2, "pp2_vpp2"), _layout(1))),
-        (_layout(2, distributed=True, overlap=True), (_layout(2, "tp2"),)),
-        (_layout(4, "tp2_pp2_sp", distributed=True), (_layout(4, distributed=True), _layout(2, "pp2"))),
-        (_layout(8, "tp2_pp2_sp", distributed=True), (_layout(8, "tp4_pp2"), _layout(4, distributed=True))),
-    )
-    for case in _CASES[:2]:
-        whole, first = _one_process("c", case, 7)
+    """After the first step three in one layout and three in another are seven of one process, in fp32.
+
+    In bf16 they are seven of the first layout that nothing interrupted. The gradient norm of the last of them is a
+    spike (0.58, then 2.07), in which a layout's rounding shows: without any checkpoint TP2+SP is 15% off one process
+    there, which is 7% off fp32 itself. Three seeds have it at other steps.
+    """
+    fp32, bf16 = _CASES[:2]
+    whole, first = _one_process("c", fp32, 7)
+    yield from (whole, first)
+    for source, targets in _RESUMED:
+        yield from _stopped_and_resumed(fp32, source, targets, first, whole)
+    for seed in (0, 1, 2):
+        whole, first = _one_process("c", bf16, 7, seed)
         yield from (whole, first)
-        for source, targets in ways if case.precision == "32-true" else ways[::2]:
-            file = f"{source} {case.word}".replace(" ", "-")
-            yield _training("c", case, source, 4, ", saved", reference=whole.name, load=first.save, save=file)
-            for target in targets:
-                what = f", resumed as {target}"
-                yield replace(_training("c", case, target, 7, reference=whole.name, load=file),
-                              name=f"{source} {case.word}{what}")  # fmt: skip
+        for source, targets in _RESUMED[:1] if seed else _RESUMED[::2]:
+            what = f", uninterrupted, seed {seed}" if seed else ", uninterrupted"
+            uninterrupted = _training("c", bf16, source, 7, what, load=first.save)
+            yield uninterrupted
+            yield from _stopped_and_resumed(bf16, source, targets, first, uninterrupted, f", seed {seed}" * bool(seed))
+
+
+def _stopped_and_resumed(
+    case: _Case, source: Layout, targets: Sequence[Layout], first: Training, reference: Training, what: str = ""
+) -> Iterator[Job]:
+    file = f"{source} {case.word}{what}".replace(" ", "-").replace(",", "")
+    yield _training("c", case, source, 4, f"{what}, saved", reference=reference.name, load=first.save, save=file)
+    for target in targets:
+        yield replace(_training("c", case, target, 7, reference=reference.name, load=file),
+                      name=f"{source} {case.word}{what}, resumed as {target}")  # fmt: skip
 
 
 def _generation() -> Iterator[Job]:

@@ -112,7 +112,7 @@ EXPERTS = {"num_moe_experts": 4, "moe_aux_loss_coeff": 0.01, "add_bias_linear": 
 """Without biases, which megatron-core's experts have at TP=1 alone."""
 
 
-def strategy_of(layout: Layout, micro_batch_size: int) -> lm.MegatronStrategy:
+def strategy_of(layout: Layout, micro_batch_size: int, seed: int = 0) -> lm.MegatronStrategy:
     """The strategy of a layout. On a GPU weights depend on it, so here they do everywhere: each has a seed of its own.
 
     What is to be equal has its weights from a checkpoint.
@@ -123,7 +123,7 @@ def strategy_of(layout: Layout, micro_batch_size: int) -> lm.MegatronStrategy:
         use_distributed_optimizer=layout.distributed_optimizer,
         overlap_grad_reduce=layout.overlap,
         overlap_param_gather=layout.overlap and layout.distributed_optimizer,
-        seed=zlib.crc32(str(layout).encode()) % 1000,
+        seed=zlib.crc32(str(layout).encode()) % 1000 + seed,
     )
 
 
@@ -155,7 +155,7 @@ def train(job: Training, setting: Setting, events: Events) -> dict[str, Any]:
         callbacks.append(ModelCheckpoint(folder, save_last=True, save_top_k=1, every_n_train_steps=1))
     trainer = trainer_of(
         setting,
-        strategy_of(job.layout, MICRO_BATCH),
+        strategy_of(job.layout, MICRO_BATCH, job.seed),
         job.layout.gpus,
         precision=job.precision,
         max_steps=job.steps,

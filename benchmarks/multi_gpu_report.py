@@ -39,6 +39,7 @@ class Judge:
 
     def __init__(self) -> None:
         self._finished: dict[str, Finished] = {}
+        self._steps: dict[str, int] = {}
 
     def result(self, job: Job, outcome: Outcome) -> Result:
         """What became of a job."""
@@ -52,6 +53,8 @@ class Judge:
                 return _result(job, "holds", f"the others stopped after {after_s:.1f} s: {errors[0]}", numbers)
             case Finished():
                 self._finished[job.key] = outcome
+                if isinstance(job, Training):
+                    self._steps[job.key] = job.steps
                 return self._judge(job, outcome)
 
     def _judge(self, job: Job, outcome: Finished) -> Result:
@@ -62,10 +65,11 @@ class Judge:
         if isinstance(job, Training) and job.kill_at is not None:
             return _result(job, "failed", "it ended before a rank could be killed")
         assert isinstance(job, Training | Generation)
-        reference = outcome
-        if job.reference is not None:
-            reference = self._finished[f"{job.part}: {job.reference}"]
-        return _training(job, outcome, reference) if isinstance(job, Training) else _texts(job, outcome, reference)
+        key = job.key if job.reference is None else f"{job.part}: {job.reference}"
+        reference = self._finished[key]
+        if isinstance(job, Training):
+            return _training(job, outcome, reference, self._steps[key])
+        return _texts(job, outcome, reference)
 
     def _speed(self, job: Speed, outcome: Finished) -> Result:
         first = outcome.ranks[0]
@@ -119,12 +123,13 @@ def skipped(what: Skipped) -> Result:
     return _result(what.job, "skipped", what.reason)
 
 
-def _training(job: Training, outcome: Finished, reference: Finished) -> Result:
+def _training(job: Training, outcome: Finished, reference: Finished, reference_steps: int) -> Result:
     tolerance = TOLERANCES[job.precision]
     losses, norms = reference.ranks[0]["losses"], reference.ranks[0]["norms"]
     first = outcome.ranks[0]
     taken = len(first["losses"])
-    before = job.steps - taken
+    # Both may have begun at a checkpoint.
+    before = job.steps - taken - (reference_steps - len(losses))
     numbers: dict[str, Any] = {
         "losses": first["losses"],
         "norms": first["norms"],

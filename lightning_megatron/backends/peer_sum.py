@@ -5,7 +5,9 @@ A token's hidden states are a few kilobytes, for which NCCL takes longer than th
 
 from __future__ import annotations
 
+import math
 import weakref
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -24,10 +26,20 @@ class _SmallSum:
         self._buffer: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        buffer = self._room().view(x.dtype)[: x.numel()].view(x.shape)
-        buffer.copy_(x)
-        total: Tensor = torch.ops.symm_mem.one_shot_all_reduce(buffer, "sum", self._group_name)
+        return self._total(self._place(x.shape, x.dtype).copy_(x))
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The sum of ``x @ weight.T``, which is written where the others read it."""
+        place = self._place((*x.shape[:-1], weight.size(0)), x.dtype)
+        torch.mm(x.flatten(0, -2), weight.t(), out=place.flatten(0, -2))
+        return self._total(place)
+
+    def _total(self, place: Tensor) -> Tensor:
+        total: Tensor = torch.ops.symm_mem.one_shot_all_reduce(place, "sum", self._group_name)
         return total
+
+    def _place(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return self._room().view(dtype)[: math.prod(shape)].view(shape)
 
     def _room(self) -> Tensor:
         """Of the largest size, made when it is first used, which all ranks do at the same time."""
@@ -53,6 +65,15 @@ def connect(group: dist.ProcessGroup) -> None:
     if group.size() > 1 and group not in _known:
         usable = reason_without_peer_memory(group) is None
         _known[group] = _SmallSum(group.group_name) if usable else None
+
+
+def product(x: Tensor, weight: Tensor, group: dist.ProcessGroup) -> Tensor | None:
+    """The sum over the ranks of a group of ``x @ weight.T``; ``None`` where :func:`all_reduce` has to sum it."""
+    small = _known.get(group) if x.is_cuda else None
+    size = x.numel() // x.size(-1) * weight.size(0) * x.element_size()
+    if small is None or size > _LARGEST or size % _ALIGNMENT or not x.is_contiguous():
+        return None
+    return small.product(x, weight)
 
 
 def all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:

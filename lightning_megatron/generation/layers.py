@@ -299,10 +299,13 @@ def row_parallel(linear: Any, inputs: Tensor, tp: dist.ProcessGroup) -> Tensor:
     """A linear whose inputs are spread over the ranks of a group; with its adapter, if it has one."""
     if tp.size() == 1:
         return column_parallel(linear, inputs)
-    out, adapter = project(inputs, linear.weight), getattr(linear, "adapter", None)
-    if adapter is not None:
-        out = out + adapter.product(inputs)
-    out = peer_sum.all_reduce(out, tp)
+    adapter = getattr(linear, "adapter", None)
+    out = peer_sum.product(inputs, linear.weight, tp) if adapter is None else None
+    if out is None:
+        out = project(inputs, linear.weight)
+        if adapter is not None:
+            out = out + adapter.product(inputs)
+        out = peer_sum.all_reduce(out, tp)
     return out if linear.bias is None else out + linear.bias
 
 

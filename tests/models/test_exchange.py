@@ -36,6 +36,11 @@ class Sent:
         self.exchanged += 1
         return received
 
+    def finish(self) -> None:
+        """Wait until all has been sent, which the end of this object would cancel."""
+        for work, _ in self._sends:
+            work.wait()
+
 
 def train_exchanging(world_size: int, *arguments: Any) -> tuple[list[float], list[float], int]:
     """As :func:`train`, with exchanges; and how many parts arrived."""
@@ -80,7 +85,8 @@ def products_of_ranks(size: int) -> list[float]:
     tokens = torch.randn(3 * size, 8, generator=generator)
     matrix, bias = torch.randn(8, 5, generator=generator), torch.randn(5, generator=generator)
     parts = torch.randn(size, 3 * size, 8, generator=generator)
-    exchange = Exchange(group, Sent(group), None)
+    memory = Sent(group)
+    exchange = Exchange(group, memory, None)
     mine = slice(3 * rank, 3 * rank + 3)
     differences = []
     for _ in range(2):
@@ -91,6 +97,7 @@ def products_of_ranks(size: int) -> list[float]:
             float((out - (tokens @ matrix + bias)).abs().max()),
             float((total.wait() - (parts.sum(0) @ matrix)[mine]).abs().max()),
         ]
+    memory.finish()
     return differences
 
 
@@ -117,11 +124,13 @@ def two_in_a_row() -> str:
     try:
         group = dist.group.WORLD
         assert group is not None
-        exchange = Exchange(group, Sent(group), None)
+        memory = Sent(group)
+        exchange = Exchange(group, memory, None)
         exchange.gather_product(torch.ones(2, 2), torch.ones(2, 2))
         try:
             exchange.gather_product(torch.ones(2, 2), torch.ones(2, 2))
         except AssertionError as error:
+            memory.finish()
             dist.barrier()
             return str(error)
         return ""

@@ -137,12 +137,9 @@ class LayerGraph:
         Args:
             constants: what the layer reads at fixed addresses besides its inputs and parameters.
         """
-        # A parameter that was frozen later still has a buffer, which the captured backward would fill.
-        gradients = [main_grad_of(p) if p.requires_grad else None for p in self._parameters]
-        if any(g is None for g in gradients):
+        key = self._key_of(inputs, seed, constants)
+        if key is None:
             return None
-        addresses = tuple(t.data_ptr() for t in (*self._parameters, *gradients, *constants) if t is not None)
-        key = (*((x.shape, x.dtype) for x in inputs), seed is None, addresses)
         if key != self._key:
             if self._recorded:
                 return None
@@ -154,6 +151,32 @@ class LayerGraph:
         if recorded is None:
             return None
         return _Replay.apply(seed, self, recorded, len(inputs), *inputs, *self._parameters)
+
+    def without_gradient(
+        self, inputs: tuple[Tensor, ...], seed: Tensor | None, constants: tuple[Tensor, ...]
+    ) -> Tensor | None:
+        """A copy of the layer's output where the backward computes the layer again, or ``None``.
+
+        Only for models all of whose layers are recomputed: between such a pass and the backward, no layer keeps
+        anything in the memory that it writes to.
+        """
+        recorded = self._recorded[0] if self._recorded else None
+        if recorded is None or recorded.backward is None or recorded.in_flight:
+            return None
+        if self._key_of(inputs, seed, constants) != self._key:
+            return None
+        return self.forward(recorded, inputs, seed).clone()
+
+    def _key_of(
+        self, inputs: tuple[Tensor, ...], seed: Tensor | None, constants: tuple[Tensor, ...]
+    ) -> tuple[object, ...] | None:
+        """What a recording depends on; ``None`` if gradients are not accumulated in one place."""
+        # A parameter that was frozen later still has a buffer, which the captured backward would fill.
+        gradients = [main_grad_of(p) if p.requires_grad else None for p in self._parameters]
+        if any(g is None for g in gradients):
+            return None
+        addresses = tuple(t.data_ptr() for t in (*self._parameters, *gradients, *constants) if t is not None)
+        return (*((x.shape, x.dtype) for x in inputs), seed is None, addresses)
 
     def _free(self) -> _Recorded | None:
         """Graphs that no micro-batch in flight uses."""

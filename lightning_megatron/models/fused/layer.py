@@ -247,16 +247,26 @@ class FusedTransformerLayer(TransformerLayer):
             self.float8.refresh(self.training)
         self._others = others
         try:
-            replays = others.constants is not None and self.training and x.is_cuda and torch.is_grad_enabled()
-            replays = replays and self.self_attention.core_attention.can_be_recorded(x)
-            if self._graph is not None and replays and not torch.cuda.is_current_stream_capturing():
-                with self.self_attention.core_attention.rng_of_graphs():
-                    out = self._graph(inputs, seed, others.constants or ())
-                if out is not None:
-                    return out
+            out = self._replayed(inputs, seed, others)
+            if out is not None:
+                return out
             return self._blocks(inputs, seed)
         finally:
             self._others = _Others()
+
+    def _replayed(self, inputs: tuple[Tensor, ...], seed: Tensor | None, others: _Others) -> Tensor | None:
+        """The output by CUDA graphs, where this call can be one of theirs."""
+        x, attention = inputs[0], self.self_attention.core_attention
+        if self._graph is None or others.constants is None or not (self.training and x.is_cuda):
+            return None
+        if torch.cuda.is_current_stream_capturing() or not attention.can_be_recorded(x):
+            return None
+        recomputed = self.config.recompute_granularity == "full" and self.config.recompute_method == "uniform"
+        if not torch.is_grad_enabled() and not recomputed:
+            return None
+        replay = self._graph if torch.is_grad_enabled() else self._graph.without_gradient
+        with attention.rng_of_graphs():
+            return replay(inputs, seed, others.constants)
 
     def _modules_read(self, crosses: bool) -> list[torch.nn.Module]:
         attention, mlp = self.self_attention, self.mlp
