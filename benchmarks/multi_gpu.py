@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Literal
 
 from benchmarks.multi_gpu_events import Setting
-from benchmarks.multi_gpu_jobs import ORDER, PARTS, SHARES, Job, Plan, plan
+from benchmarks.multi_gpu_jobs import ORDER, PARTS, SHARES, plan
+from benchmarks.multi_gpu_kinds import Job, Plan
 from benchmarks.multi_gpu_launch import Outcome, run_jobs
 from benchmarks.multi_gpu_report import Judge, Result, show, skipped
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from benchmarks.multi_gpu_events import Events, Setting
-from benchmarks.multi_gpu_jobs import Job, Training
+from benchmarks.multi_gpu_kinds import Job, Training
 
 ROOT = Path(__file__).parent.parent
 START = 90.0

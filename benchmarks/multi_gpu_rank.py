@@ -32,7 +32,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_megatron as lm
 from benchmarks.multi_gpu_events import Events, Setting
-from benchmarks.multi_gpu_jobs import Decoding, Generation, Job, Layout, Speed, Training
+from benchmarks.multi_gpu_kinds import Decoding, Generation, Job, Layout, Speed, Training
 from benchmarks.multi_gpu_profile import Span, kernels, summary
 from benchmarks.workloads import WORKLOADS, Batch, Workload
 from lightning_megatron.backends import core

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from benchmarks.multi_gpu_jobs import PARTS, TOLERANCES, Decoding, Generation, Job, Skipped, Speed, Tolerance, Training
+from benchmarks.multi_gpu_jobs import PARTS
+from benchmarks.multi_gpu_kinds import TOLERANCES, Decoding, Generation, Job, Skipped, Speed, Tolerance, Training
 from benchmarks.multi_gpu_launch import Failed, Finished, Killed, NotRun, Outcome
 
 Status = Literal["holds", "measured", "below goal", "failed", "not run", "skipped"]

@@ -46,11 +46,12 @@ class _SmallSum:
         if self._buffer is None:
             from torch._C._distributed_c10d import _SymmetricMemory
             from torch.distributed._symmetric_memory import rendezvous
+            from torch.distributed.distributed_c10d import GroupName
 
             device = torch.device("cuda", torch.cuda.current_device())
             with torch.inference_mode(False):
                 self._buffer = _SymmetricMemory.empty_strided_p2p((_LARGEST,), [1], torch.uint8, device)
-            rendezvous(self._buffer, self._group_name)
+            rendezvous(self._buffer, GroupName(self._group_name))
         return self._buffer
 
 

@@ -14,7 +14,8 @@ import pytest
 
 from benchmarks.multi_gpu import Budget, parse
 from benchmarks.multi_gpu_events import Setting
-from benchmarks.multi_gpu_jobs import ORDER, PARTS, Generation, Job, Layout, Speed, Training, plan
+from benchmarks.multi_gpu_jobs import ORDER, PARTS, plan
+from benchmarks.multi_gpu_kinds import Generation, Job, Layout, Speed, Training
 from benchmarks.multi_gpu_launch import Failed, Finished, Killed, NotRun, Outcome, run_jobs
 from benchmarks.multi_gpu_profile import Overlap, Span, overlaps, summary
 from benchmarks.multi_gpu_report import Judge
