@@ -97,7 +97,7 @@ class Model(nn.Module):
         if self.learned:
             self.positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm: nn.Module = type(self.blocks[0].norm1)(config.hidden_size)  # type: ignore[operator, assignment]
+        self.norm: nn.Module = type(self.blocks[0].norm1)(config.hidden_size)  # type: ignore[assignment]
         self.output = nn.Linear(config.hidden_size, vocabulary, bias=False)
         for parameter in self.parameters():
             if parameter.dim() > 1:
