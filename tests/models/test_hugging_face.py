@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_megatron.interop import bert, gpt2, llama, mapping, megatron_bert, sharding, t5
+from lightning_megatron.interop.architecture import Architecture, without_copies
 from lightning_megatron.models.bert_module import BertModule
 from lightning_megatron.models.gpt_module import GPTModule
 from lightning_megatron.models.language_module import LanguageModelModule
@@ -32,7 +33,7 @@ class Case:
     module: Callable[..., LanguageModelModule]
     config: Any
     table: mapping.Table
-    ignored: tuple[str, ...]
+    architecture: Architecture
     batch: Batch
 
 
@@ -66,7 +67,7 @@ def build(name: str) -> Case:
         )
         config = _no_dropout(gpt2.config(model.config.to_dict()))
         batch = {"input_ids": _tokens(12), "labels": _tokens(12)}
-        return Case(model, GPTModule, config, gpt2.table(config), gpt2.IGNORED, batch)
+        return Case(model, GPTModule, config, gpt2.table(config), gpt2.ARCHITECTURE, batch)
     if name.startswith("llama"):
         rope = {"rope_theta": 500.0, "rope_type": "default"}
         if name == "llama3":
@@ -80,7 +81,7 @@ def build(name: str) -> Case:
         batch = {"input_ids": _tokens(12), "labels": _tokens(12)}
         if name == "llama at positions":
             batch["position_ids"] = torch.tensor([[0, 1, 2, 5, 6, 9, 9, 10, 20, 21, 22, 40], [*range(12)]])
-        return Case(model, GPTModule, config, llama.table(config), llama.ignored(config), batch)
+        return Case(model, GPTModule, config, llama.table(config), llama.ARCHITECTURE, batch)
     if name.endswith("bert"):
         sizes = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
         sizes["vocab_size"] = VOCAB
@@ -97,7 +98,7 @@ def build(name: str) -> Case:
             "token_type_ids": (torch.arange(12) > 5).long().expand(2, 12),
             "next_sentence_label": torch.tensor([0, 1]),
         }
-        return Case(model, BertModule, config, tables.table(config), megatron_bert.IGNORED, batch)
+        return Case(model, BertModule, config, tables.table(config), tables.ARCHITECTURE, batch)
     sizes = {
         "num_layers": 2,
         "d_model": 32,
@@ -128,7 +129,7 @@ def build(name: str) -> Case:
         labels[1, :3] = -100
         batch["decoder_attention_mask"] = torch.ones(2, 8, dtype=torch.long)
         batch["decoder_attention_mask"][1, :3] = 0
-    return Case(model, T5Module, config, t5.table(config), t5.ignored(config), batch)
+    return Case(model, T5Module, config, t5.table(config), t5.ARCHITECTURE, batch)
 
 
 class _Spy(pl.Callback):
@@ -186,7 +187,9 @@ SLOW = [
 def test_equals_hugging_face(ranks: RankPool, name: str) -> None:
     case = build(name)
     loss, logits, gradients = theirs(case)
-    weights = mapping.to_core(case.table, {k: v.detach() for k, v in case.model.state_dict().items()}, case.ignored)
+    stored = {k: v.detach() for k, v in case.model.state_dict().items()}
+    stored = without_copies(case.architecture, case.model.config.tie_word_embeddings, stored)
+    weights = mapping.to_core(case.table, stored, case.architecture.ignored(case.config))
     real = case.batch.get("attention_mask" if name.endswith("bert") else "decoder_attention_mask")
     for tp, pp in ((1, 1), (2, 1), (1, 2), (2, 2)):
         layout = {"tp": tp, "pp": pp, "sp": tp > 1}
