@@ -21,14 +21,17 @@ def _gpt2_large() -> tuple[int, str]:
     config = lm.GPTConfig.gpt2("large")
     module = make()
     spread = strategy(tp=2, pp=2)
-    quiet_trainer(spread, int(os.environ["WORLD_SIZE"])).strategy.connect(module)
+    module.trainer = quiet_trainer(spread, int(os.environ["WORLD_SIZE"]))
+    spread.connect(module)
     spread.setup_environment()
     context: BuildContext = spread.build_context
     core = gpt_core_config(config, context)
     core.init_model_with_meta_device, core.perform_initialization = True, False
     with torch.device("meta"):
         chunks = [GPTChunk(config, core, context, stage, fused=False) for stage in context.stages]
-    return count_parameters(chunks), parameter_report(chunks, context.groups.tp.rank(), context.groups.pp.rank())
+    counted = count_parameters(chunks), parameter_report(chunks, context.groups.tp.rank(), context.groups.pp.rank())
+    spread.teardown()
+    return counted
 
 
 def test_gpt2_large_at_tp2_pp2(ranks: RankPool) -> None:
