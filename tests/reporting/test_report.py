@@ -205,6 +205,8 @@ def test_a_browser_shows_it(tmp_path: Path) -> None:
 class Stub:
     """As much of an optimizer as megatron-core's scheduler asks for."""
 
+    chained_optimizers: tuple[Any, ...] = ()
+
     def __init__(self) -> None:
         self.param_groups = [{"lr": 0.0, "weight_decay": 0.0}]
 
