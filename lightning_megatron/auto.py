@@ -155,6 +155,7 @@ def _runtime(devices: Devices) -> Runtime:
     if devices.name != "cpu":
         return Runtime()
     return Runtime(
+        layers="megatron_core",  # fused layers are made for CUDA
         overlap_grad_reduce=False,
         overlap_param_gather=False,
         host_seconds_per_layer=0.0,

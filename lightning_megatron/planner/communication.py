@@ -12,6 +12,7 @@ from math import ceil, log2
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.models.config import GPTConfig
 from lightning_megatron.planner.hardware import Cluster
+from lightning_megatron.planner.kernels import Kernels
 from lightning_megatron.planner.parameters import layer_widths, stage_parameters
 from lightning_megatron.planner.settings import Batch, Runtime
 
@@ -58,25 +59,35 @@ class LayerCommunication:
 
 
 def layer_communication(
-    model: GPTConfig, layout: ParallelLayout, cluster: Cluster, batch: Batch, micro_batch_size: int
+    model: GPTConfig,
+    layout: ParallelLayout,
+    cluster: Cluster,
+    batch: Batch,
+    micro_batch_size: int,
+    kernels: Kernels,
 ) -> LayerCommunication:
     """Tensor and context parallelism of one layer (arXiv:1909.08053, section 3; arXiv:2205.05198, section 4.2.2).
 
     Tensor parallelism all-reduces the hidden states twice in the forward and twice in the backward. Sequence
     parallelism replaces each by a reduce-scatter and an all-gather of the same volume; its backward gathers two inputs
-    once more, which megatron-core hides behind the gradient of the input.
+    once more, which megatron-core hides behind the gradient of the input. The fused layers of two ranks keep what they
+    gathered, and inside a node copy engines take the place of NCCL.
     """
     tp, cp = layout.tensor_model_parallel_size, layout.context_parallel_size
     tokens = micro_batch_size * batch.seq_length / cp
     hidden = tokens * model.hidden_size * batch.element_bytes
     reduces = all_reduce(cluster, hidden, size=tp) * 2
-    again = gather(cluster, hidden, size=tp) * 2 if layout.sequence_parallel else NOTHING
+    fused = kernels.name == "fused"
+    again = gather(cluster, hidden, size=tp) * 2 if layout.sequence_parallel and not (fused and tp == 2) else NOTHING
+    seconds = reduces.seconds
+    if fused and layout.sequence_parallel and 1 < tp <= cluster.gpus_per_node:
+        seconds = kernels.sequence_parallel_exposed * reduces.bytes / cluster.intra_node.rate
     # Ring attention passes keys and values round: every rank sends cp - 1 times its own part.
     keys = 2 * tokens * layer_widths(model, tp).key * batch.element_bytes
     ring = gather(cluster, keys * cp, size=cp, stride=tp)
     return LayerCommunication(
-        tensor_forward=reduces,
-        tensor_backward=Transfer(reduces.bytes + again.bytes, reduces.seconds),
+        tensor_forward=Transfer(reduces.bytes, seconds),
+        tensor_backward=Transfer(reduces.bytes + again.bytes, seconds),
         context_forward=ring,
         context_backward=ring * 2,  # keys and values again, and their gradients
     )

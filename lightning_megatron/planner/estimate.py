@@ -242,14 +242,15 @@ def step_time(
     hidden_backward = sum(times[0].backward) if runtime.overlap_grad_reduce else 0.0
     hidden_forward = sum(times[0].forward) if runtime.overlap_param_gather else 0.0
     reduce, gathered = talk.gradients.seconds, talk.weights.seconds
+    least = runtime.kernels.data_parallel_exposed
     tensor, context = busiest.tensor_parallel * m, busiest.context_parallel * m
     time = StepTime(
         compute=busy - tensor - context,
         tensor_parallel=tensor,
         context_parallel=context,
         bubble=pipeline - busy,
-        data_parallel=max(reduce - hidden_backward, 0.1 * reduce)
-        + max(gathered - hidden_forward, 0.1 * gathered)
+        data_parallel=max(reduce - hidden_backward, least * reduce)
+        + max(gathered - hidden_forward, least * gathered)
         + talk.tied_embedding.seconds,
         optimizer=max(
             optimizer_seconds(
@@ -335,7 +336,7 @@ def execution_memory(model: GPTConfig, batch: Batch, execution: Execution, runti
 
 def _traffic(model: GPTConfig, cluster: Cluster, batch: Batch, execution: Execution, runtime: Runtime) -> Traffic:
     layout, m = execution.layout, execution.num_microbatches
-    layer = layer_communication(model, layout, cluster, batch, execution.micro_batch_size)
+    layer = layer_communication(model, layout, cluster, batch, execution.micro_batch_size, runtime.kernels)
     chunks = layers_per_chunk(model.num_layers, layout)[0]
     layers = sum(chunks)
     repeated = sum(execution.recompute.recomputed_layers(size) for size in chunks)

@@ -48,12 +48,21 @@ class Link:
     latency: float
     """Seconds for one hop of an empty message, launch of the collective included."""
     efficiency: float = 0.8
-    """Fraction of the peak that NCCL's large messages reach: 370 of 450 GB/s on NVLink 4, 235 of 300 on NVLink 3."""
+    """Fraction of the peak that NCCL's large messages reach in a ring of many ranks, and copy engines between any two:
+    370 of 450 GB/s on NVLink 4, 235 of 300 on NVLink 3."""
+    pair_efficiency: float | None = None
+    """The same of NCCL between two ranks, ``None`` where it has not been measured. Two H200 reach 130 of 450 GB/s in
+    a step, and 193 with nothing beside it."""
 
     @property
     def rate(self) -> float:
         """Bytes per second that large messages reach."""
         return self.bandwidth * self.efficiency
+
+    def nccl_rate(self, ranks: int) -> float:
+        """Bytes per second that NCCL's large messages reach in a ring of ``ranks``."""
+        pair = self.pair_efficiency if ranks == 2 else None
+        return self.bandwidth * (self.efficiency if pair is None else pair)
 
 
 LINKS: dict[str, Link] = {
@@ -61,7 +70,7 @@ LINKS: dict[str, Link] = {
     for link in (
         Link(name="nvlink2", bandwidth=150e9, latency=6e-6),
         Link(name="nvlink3", bandwidth=300e9, latency=6e-6),
-        Link(name="nvlink4", bandwidth=450e9, latency=6e-6),
+        Link(name="nvlink4", bandwidth=450e9, latency=6e-6, pair_efficiency=0.29),
         Link(name="nvlink5", bandwidth=900e9, latency=6e-6),
         Link(name="pcie3", bandwidth=15.75e9, latency=10e-6, efficiency=0.75),
         Link(name="pcie4", bandwidth=31.5e9, latency=10e-6, efficiency=0.75),
@@ -245,14 +254,14 @@ class Cluster:
         if size == 1:
             return math.inf
         if stride * size <= self.gpus_per_node:
-            return self.intra_node.rate
+            return self.intra_node.nccl_rate(size)
         rings = min(stride, self.gpus_per_node)
         return min(self.intra_node.rate, self.inter_node.rate * self.nics_per_node / rings)
 
     def hop_rate(self, stride: int, size: int) -> float:
         """Bytes per second of a message to the next rank, ``stride`` ranks away, while all GPUs of a node send."""
         if stride * size <= self.gpus_per_node:
-            return self.intra_node.rate
+            return self.intra_node.nccl_rate(2)
         return self.inter_node.rate * self.nics_per_node / self.gpus_per_node
 
     def latency(self, stride: int, size: int) -> float:

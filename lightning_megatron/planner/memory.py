@@ -14,6 +14,7 @@ from math import ceil
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.models.config import GPTConfig
 from lightning_megatron.planner.assumptions import MEMORY
+from lightning_megatron.planner.kernels import LayerKernels
 from lightning_megatron.planner.parameters import layer_widths, layers_per_chunk, stage_parameters
 from lightning_megatron.planner.pipeline import chunks_in_flight
 from lightning_megatron.planner.settings import NO_RECOMPUTE, AttentionKernel, Batch, Recompute, Runtime
@@ -32,11 +33,13 @@ class LayerActivations:
     """Everything else but attention's core."""
     attention_core: float
     """Scores, probabilities and their dropout: what selective recomputation drops."""
+    gathered: float = 0.0
+    """Outputs of the fused layers' norms under tensor parallelism, which full recomputation keeps too."""
 
     @property
     def stored(self) -> float:
         """Without recomputation."""
-        return self.input + self.linear + self.attention_core
+        return self.input + self.linear + self.attention_core + self.gathered
 
 
 @lru_cache(maxsize=8192)
@@ -48,25 +51,38 @@ def layer_activations(
     seq_length: int,
     attention: AttentionKernel = "flash",
     element_bytes: int = 2,
+    layers: LayerKernels = "megatron_core",
 ) -> LayerActivations:
     """Activations of one layer (arXiv:2205.05198, sections 4.1 to 4.3).
 
     With ``attention="fused_softmax"``, 16 bits and dropout this is the paper's ``s b h (34 + 5 a s/h)``, with tensor
-    parallelism ``s b h (10 + 24/t + 5 a s/(h t))``, and with sequence parallelism all of it over ``t``.
+    parallelism ``s b h (10 + 24/t + 5 a s/(h t))``, and with sequence parallelism all of it over ``t``. The fused
+    layers keep ``28 s b h`` of GPT-2.
     """
     tp = layout.tensor_model_parallel_size
     w = layer_widths(model, tp)
     tokens = micro_batch_size * seq_length / layout.context_parallel_size
     sharded = tp if layout.sequence_parallel else 1
     e = element_bytes
-    mask = 1 if model.hidden_dropout > 0 else 0  # dropout keeps one byte per element
     h = w.hidden
+    # Query, key, value and attention's output; the MLP's inner activations before and after its nonlinearity.
+    split = tokens * e * (2 * w.query + 2 * w.key + w.ffn_up + w.ffn)
+    if layers == "fused":
+        # The second norm's input; dropout draws its mask again. Two ranks keep what they gathered, more gather again.
+        norm_outputs = 0.0 if tp == 1 else 2 * tokens * e * h / (sharded if tp > 2 else 1)
+        cp = layout.context_parallel_size
+        whole_sequence = 2 * tokens * cp * e * w.key if cp > 1 else 0.0  # keys and values of all context ranks
+        return LayerActivations(
+            input=tokens * e * h / sharded,
+            linear=tokens * e * h / sharded + split + whole_sequence,
+            attention_core=tokens * w.heads * 4,
+            gathered=norm_outputs,
+        )
+    mask = 1 if model.hidden_dropout > 0 else 0  # dropout keeps one byte per element
     # Inputs of the two norms and of the two column-parallel matrices, and the two dropout masks: replicated over the
     # tensor-parallel ranks unless sequence parallelism splits them.
     layer_input = tokens * e * h / sharded
     replicated = tokens * (3 * e + 2 * mask) * h / sharded
-    # Query, key, value and attention's output; the MLP's inner activations before and after its nonlinearity.
-    split = tokens * e * (2 * w.query + 2 * w.key + w.ffn_up + w.ffn)
     return LayerActivations(
         input=layer_input,
         linear=replicated + split,
@@ -183,10 +199,12 @@ def stage_memory(
         micro_batch_size=micro_batch_size,
         num_microbatches=num_microbatches,
         recompute=recompute,
-        attention=runtime.attention,
+        runtime=runtime,
     )
     last = layout.pipeline_model_parallel_size - 1
-    logits = logits_bytes(model, layout, batch, micro_batch_size) if stage == last else 0.0
+    logits = 0.0
+    if stage == last:
+        logits = logits_bytes(model, layout, batch, micro_batch_size, layers=runtime.kernels.name)
     groups = (layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.context_parallel_size)
     communicators = _COMMUNICATORS + sum(size > 1 for size in groups)
     memory = StageMemory(
@@ -206,15 +224,24 @@ def stage_memory(
     return replace(memory, overhead=overhead)
 
 
-def logits_bytes(model: GPTConfig, layout: ParallelLayout, batch: Batch, micro_batch_size: int) -> float:
+def logits_bytes(
+    model: GPTConfig,
+    layout: ParallelLayout,
+    batch: Batch,
+    micro_batch_size: int,
+    *,
+    layers: LayerKernels = "megatron_core",
+) -> float:
     """Bytes of logits at the peak, when their gradient is made.
 
-    The output projection's logits stay alive through the loss, the 32-bit softmax is kept for the backward (and becomes
-    the gradient in place), and the gradient is cast for the projection: 8 bytes per logit in 16 bits.
+    The fused loss writes the gradient in their place. In that of megatron-core the projection's logits stay alive,
+    the 32-bit softmax is kept for the backward (and becomes the gradient in place), and the gradient is cast for the
+    projection: 8 bytes per logit in 16 bits.
     """
     tp = layout.tensor_model_parallel_size
     tokens = micro_batch_size * batch.seq_length / layout.context_parallel_size
-    return tokens * model.padded_vocab_size(tp) / tp * (2 * batch.element_bytes + 4)
+    each = batch.element_bytes if layers == "fused" else 2 * batch.element_bytes + 4
+    return tokens * model.padded_vocab_size(tp) / tp * each
 
 
 def _stage_activations(
@@ -226,7 +253,7 @@ def _stage_activations(
     micro_batch_size: int,
     num_microbatches: int,
     recompute: Recompute,
-    attention: AttentionKernel,
+    runtime: Runtime,
 ) -> float:
     pp = layout.pipeline_model_parallel_size
     layer = layer_activations(
@@ -234,8 +261,9 @@ def _stage_activations(
         layout,
         micro_batch_size=micro_batch_size,
         seq_length=batch.seq_length,
-        attention=attention,
+        attention=runtime.attention,
         element_bytes=batch.element_bytes,
+        layers=runtime.kernels.name,
     )
     chunks = layers_per_chunk(model.num_layers, layout)[stage]
     in_flight = chunks_in_flight(pp, layout.num_chunks, num_microbatches, stage)
@@ -266,5 +294,6 @@ def chunk_activations(layer: LayerActivations, layers: int, recompute: Recompute
         return layers * (layer.stored - layer.attention_core), layer.attention_core
     count = min(recompute.num_layers or 1, layers)
     if recompute.method == "uniform":
-        return ceil(layers / count) * layer.input, count * layer.stored
-    return count * layer.input + (layers - count) * layer.stored, layer.stored
+        kept = ceil(layers / count) * layer.input + layers * layer.gathered
+        return kept, count * (layer.stored - layer.gathered)
+    return count * (layer.input + layer.gathered) + (layers - count) * layer.stored, layer.stored - layer.gathered

@@ -36,6 +36,7 @@ _PLAN_KEYS = {
     "recompute_granularity": "str | None",
     "recompute_method": "str | None",
     "recompute_num_layers": "int | None",
+    "layers": "str | None",
     "attention": "str",
     "grad_reduce_in_fp32": "bool | None",
     "overlap_grad_reduce": "bool",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from lightning_megatron.errors import LayoutError
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.planner.hardware import GIB, unknown
+from lightning_megatron.planner.kernels import FUSED, KERNELS, MEGATRON_CORE, Kernels, LayerKernels
 
 Precision = Literal["bf16-mixed", "bf16-true", "16-mixed", "32-true"]
 PRECISIONS: tuple[Precision, ...] = ("bf16-mixed", "bf16-true", "16-mixed", "32-true")
@@ -84,6 +85,9 @@ class Runtime:
     something else.
     """
 
+    layers: LayerKernels | None = None
+    """``fused`` are the package's own layers, as CUDA graphs; ``megatron_core`` its modules, run eagerly. ``None`` is
+    ``fused`` with flash attention, and ``megatron_core`` with any other."""
     attention: AttentionKernel = "flash"
     """``flash`` never stores the scores; ``fused_softmax`` is the papers' 16-bit kernel; ``torch_softmax`` is
     megatron-core's fallback without Apex, which keeps the softmax in 32 bits and its 16-bit copy."""
@@ -91,17 +95,15 @@ class Runtime:
     """Accumulate and reduce gradients in 32 bits. ``None`` is what the precision means: in all but ``bf16-true``."""
     overlap_grad_reduce: bool = True
     overlap_param_gather: bool = True
-    matmul_efficiency: float = 0.905
-    """Fraction of the peak FLOP/s inside a matrix multiplication, its memory traffic apart. With the traffic added an
-    8192^3 product takes the 1.38 ms (798 TFLOP/s) measured on an H100, and GPT-2 large's narrow ones run at 60-70%."""
+    matmul_efficiency: float | None = None
+    """Fraction of the peak FLOP/s inside a matrix product; ``None`` is that of ``layers``."""
     bandwidth_efficiency: float = 0.8
     """Fraction of the memory bandwidth that element-wise kernels and norms reach; a plain copy reaches 0.9 of it."""
-    host_seconds_per_layer: float = 3.3e-3
-    """Host time to launch one layer's forward and backward on one micro-batch. A stage is never faster than its host.
-    3.3 ms was measured for megatron-core run eagerly; CUDA graphs make it 0."""
-    host_seconds_optimizer_per_layer: float = 1.1e-3
-    """Host time of one optimizer step for one layer's parameters; 41 ms was measured for the 36 layers of GPT-2 large
-    with foreach and fused kernels."""
+    host_seconds_per_layer: float | None = None
+    """Host time to launch one layer's forward and backward on one micro-batch; ``None`` is that of ``layers``: 3.3 ms
+    for megatron-core's, 0 for CUDA graphs."""
+    host_seconds_optimizer_per_layer: float | None = None
+    """Host time of one optimizer step for one layer's parameters; ``None`` is that of ``layers``."""
     context_bytes: float = 0.85 * GIB
     """CUDA context (0.5 GiB on an H100), cuBLAS workspaces and loaded kernels: outside PyTorch's allocator."""
     communicator_bytes: float = 0.4 * GIB
@@ -114,6 +116,18 @@ class Runtime:
     def __post_init__(self) -> None:
         if self.attention not in ATTENTION_KERNELS:
             raise unknown("attention", self.attention, ATTENTION_KERNELS)
+        if self.layers is not None and self.layers not in KERNELS:
+            raise unknown("layers", self.layers, KERNELS)
+        if self.layers == "fused" and self.attention != "flash":
+            raise ValueError(f"layers=fused computes attention=flash, not {self.attention}. Use layers=megatron_core.")
+
+    @property
+    def kernels(self) -> Kernels:
+        """The constants of the layers in use, with those that are given here."""
+        kernels = KERNELS[self.layers] if self.layers else FUSED if self.attention == "flash" else MEGATRON_CORE
+        names = ("matmul_efficiency", "host_seconds_per_layer", "host_seconds_optimizer_per_layer")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return replace(kernels, **given) if given else kernels
 
     def gradient_bytes(self, batch: Batch) -> int:
         """Bytes of one accumulated gradient."""

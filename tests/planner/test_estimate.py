@@ -22,6 +22,7 @@ SELECTIVE = Recompute(granularity="selective")
 FULL = Recompute(granularity="full", method="uniform", num_layers=1)
 # The papers' runs: fused softmax kernels, host far ahead of layers that take milliseconds.
 PAPER = Runtime(attention="fused_softmax", host_seconds_per_layer=0, host_seconds_optimizer_per_layer=0)
+CORE = Runtime(layers="megatron_core")
 
 
 @pytest.mark.parametrize(
@@ -57,21 +58,23 @@ def single_h100(batch: int, runtime: Runtime) -> Estimate:
 
 @pytest.mark.parametrize(
     ("batch", "attention", "milliseconds", "tolerance"),
-    [  # GPT-2 large on one H100; the first two with foreach and fused optimizer kernels
+    [  # GPT-2 large in megatron-core's layers on one H100; the first two with foreach and fused optimizer kernels
         (24, "flash", 319.0, 0.05),
         (8, "flash", 159.6, 0.02),  # host_seconds_per_layer comes from this one, so it is no test of the kernels
         (8, "torch_softmax", 359.3, 0.12),
     ],
 )
 def test_step_times_measured_on_an_h100(batch: int, attention: str, milliseconds: float, tolerance: float) -> None:
-    runtime = Runtime(attention=attention, grad_reduce_in_fp32=False)  # type: ignore[arg-type]
+    runtime = Runtime(layers="megatron_core", attention=attention, grad_reduce_in_fp32=False)  # type: ignore[arg-type]
     assert 1e3 * single_h100(batch, runtime).time.total == pytest.approx(milliseconds, rel=tolerance)
 
 
 def test_small_batches_are_host_bound_and_say_so() -> None:
-    assert single_h100(8, Runtime()).host_bound
-    assert not single_h100(24, Runtime()).host_bound
-    assert not single_h100(8, Runtime(host_seconds_per_layer=0)).host_bound
+    eager = Runtime(layers="megatron_core")
+    assert single_h100(8, eager).host_bound
+    assert not single_h100(24, eager).host_bound
+    assert not single_h100(8, Runtime(layers="megatron_core", host_seconds_per_layer=0)).host_bound
+    assert not single_h100(8, Runtime()).host_bound  # CUDA graphs
 
 
 def test_one_layer_of_the_22b_model() -> None:
@@ -92,7 +95,7 @@ def test_one_layer_of_the_22b_model() -> None:
 
 
 def test_matmul_measured_on_an_h100() -> None:
-    roof = Roofline(Cluster.of("h100", 1).accelerator, Batch(global_batch_size=1, seq_length=1), Runtime())
+    roof = Roofline(Cluster.of("h100", 1).accelerator, Batch(global_batch_size=1, seq_length=1), CORE)
     assert 2 * 8192**3 / roof.matmul(8192, 8192, 8192) == pytest.approx(798e12, rel=0.01)
 
 
@@ -101,6 +104,10 @@ def test_ring_volumes_and_the_links_they_take() -> None:
     reduce = all_reduce(cluster, 8e9, size=8)
     assert reduce.bytes == 2 * 8e9 * 7 / 8
     assert reduce.seconds == pytest.approx(reduce.bytes / 360e9, rel=0.01)
+    # Two ranks reach less of it.
+    pair = all_reduce(cluster, 8e9, size=2)
+    assert pair.bytes == 8e9
+    assert pair.seconds == pytest.approx(8e9 / 130.5e9, rel=0.01)
     # One rank of every node: each of the eight rings has a network card of its own.
     between = gather(cluster, 8e9, size=8, stride=8)
     assert between.bytes == 7e9
@@ -170,7 +177,7 @@ def test_data_parallel_communication_shows_what_computation_does_not_hide() -> N
     reduce, gathered = (gather(cluster, parameters * size, size=64).seconds for size in (4, 2))
 
     def exposed(**runtime: bool) -> tuple[float, Estimate]:
-        got = estimate(model, cluster, batch, execution, Runtime(**runtime))
+        got = estimate(model, cluster, batch, execution, Runtime(layers="megatron_core", **runtime))
         return got.time.data_parallel, got
 
     alone, _ = exposed(overlap_grad_reduce=False, overlap_param_gather=False)

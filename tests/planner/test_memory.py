@@ -144,14 +144,15 @@ def test_peak_memory_measured_on_an_h100(batch: int, attention: str, measured: f
         num_microbatches=1,
         data_parallel_size=1,
         use_distributed_optimizer=False,
-        runtime=Runtime(attention=attention, grad_reduce_in_fp32=False),  # type: ignore[arg-type]
+        runtime=Runtime(layers="megatron_core", attention=attention, grad_reduce_in_fp32=False),  # type: ignore[arg-type]
     )
     assert got.allocated / GIB == pytest.approx(measured, rel=0.03)
 
 
 def test_parts_add_up_and_logits_are_on_the_last_stage() -> None:
     layout = ParallelLayout(tensor_model_parallel_size=8, pipeline_model_parallel_size=8, sequence_parallel=True)
-    first, last = (memory(GPT3, stage, dp=2, layout=layout) for stage in (0, 7))
+    core = Runtime(layers="megatron_core")
+    first, last = (memory(GPT3, stage, dp=2, layout=layout, runtime=core) for stage in (0, 7))
     for stage in (first, last):
         assert sum(stage.parts().values()) == pytest.approx(stage.total)
     assert first.logits == 0

@@ -110,15 +110,15 @@ def test_constraints_are_kept() -> None:
 
 
 def test_recompute_is_the_least_that_fits() -> None:
-    model, batch = MODELS["gpt2_xl"], Batch(global_batch_size=16, seq_length=1024)
-    constraints = Constraints(micro_batch_size=16)
+    model, batch = MODELS["gpt2_xl"], Batch(global_batch_size=24, seq_length=1024)
+    constraints = Constraints(micro_batch_size=24)
     cluster = Cluster.of("h100", 1)
     best = plan(model, cluster, batch, constraints=constraints).best
     recompute = best.execution.recompute
     assert recompute.method == "block"
     assert recompute.num_layers is not None
     fewer = Recompute(granularity="full", method="block", num_layers=recompute.num_layers - 1)
-    execution = Execution.of(best.layout, batch, 1, micro_batch_size=16, recompute=fewer)
+    execution = Execution.of(best.layout, batch, 1, micro_batch_size=24, recompute=fewer)
     assert estimate(model, cluster, batch, execution).peak_memory > cluster.accelerator.memory * 0.97
     # Where the scores are stored, dropping them alone comes first.
     eight = Constraints(micro_batch_size=8)
