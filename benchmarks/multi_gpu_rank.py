@@ -258,6 +258,8 @@ def measure(job: Speed, setting: Setting) -> dict[str, Any]:
         numbers["mfu"] = rate * workload.flops_per_sample / peak if peak else None
         numbers["gib_before"] = before / 2**30
         numbers["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        # What CUDA graphs hold no longer counts as allocated once they are captured, but it is reserved.
+        numbers["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
     return numbers | (summary(clock.spans, PROFILED) if clock.spans else {})
 
 
