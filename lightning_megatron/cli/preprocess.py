@@ -146,6 +146,7 @@ def _inspect(args: argparse.Namespace, console: Any) -> None:
             "document length": f"mean {lengths.mean():.1f}, median {np.median(lengths):.0f}, longest {lengths.max():,}"
             if len(lengths)
             else "-",
+            "checksums": "all agree" if found.has_checksums else "none recorded: the tokens were not verified",
             "sample": _plain(found.sample),
         }
         for name, value in rows.items():

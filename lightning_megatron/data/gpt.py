@@ -81,6 +81,7 @@ class GPTDataset(Dataset[dict[str, Tensor]]):
         keep_partial: bool = False,
         cache_dir: Path | None = None,
     ) -> None:
+        dataset.require_token_ids()
         self.dataset = dataset
         self.seq_length = seq_length
         self.samples = samples or GPTSamples()
@@ -88,7 +89,7 @@ class GPTDataset(Dataset[dict[str, Tensor]]):
         self._check_eod()
         plan = EpochPlan.of(dataset, sequences, seq_length, num_samples, keep_partial=keep_partial)
         description = {
-            "gpt": fingerprint(dataset.prefix),
+            "gpt": fingerprint(dataset),
             "prefix": str(dataset.prefix.resolve()),
             "sequences": [sequences.start, sequences.stop],
             "seq_length": seq_length,
@@ -120,9 +121,10 @@ class GPTDataset(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         text = self.text(index)
         vocabulary = self.limits.vocab_size
-        if vocabulary is not None and len(text) and (text.max() >= vocabulary or text.min() < 0):
+        if len(text) and (text.min() < 0 or (vocabulary is not None and text.max() >= vocabulary)):
+            wrong = text.min() if text.min() < 0 else text.max()
             raise DataError(
-                f"{self.dataset.prefix}.bin holds token id {text.max()}, the vocabulary has {vocabulary}: the data "
+                f"{self.dataset.prefix}.bin holds token id {wrong}, the vocabulary has {vocabulary}: the data "
                 "was made with another tokenizer. Preprocess it again, or set the model's vocab_size to fit."
             )
         num_predictions = len(text) - 1

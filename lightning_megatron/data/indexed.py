@@ -13,7 +13,7 @@ A document is one or more sequences (sentences, for BERT). The bytes equal those
 import errno
 import os
 import shutil
-import struct
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -23,38 +23,33 @@ from typing import Any, BinaryIO, Literal, Self, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_megatron.data.index_format import (
+    DTYPE_CODES,
+    HEADER,
+    MAGIC,
+    VERSION,
+    PathLike,
+    bin_path,
+    idx_path,
+)
+from lightning_megatron.data.manifest import (
+    BlockChecksums,
+    Manifest,
+    checked_index,
+    manifest_path,
+    record_path,
+)
 from lightning_megatron.errors import DataError
+
+__all__ = ["IndexedDataset", "IndexedDatasetWriter", "PathLike", "bin_path", "idx_path", "merge", "token_dtype"]
 
 Reader = Literal["mmap", "lazy", "cached"]
 TokenArray = NDArray[Any]
-PathLike = str | os.PathLike[str]
 
-_MAGIC = b"MMIDIDX\x00\x00"
-_HEADER = struct.Struct("<9sQBQQ")
-_DTYPES: dict[int, type[np.number[Any]]] = {
-    1: np.uint8,
-    2: np.int8,
-    3: np.int16,
-    4: np.int32,
-    5: np.int64,
-    6: np.float64,
-    7: np.float32,
-    8: np.uint16,
-}
-_CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
 # Megatron keeps a margin below 2**16, so that a vocabulary may be padded without changing the file's type.
 _UINT16_VOCABULARY = 65500
 _MAX_SEQUENCE = np.iinfo(np.int32).max
-
-
-def bin_path(prefix: PathLike) -> Path:
-    """Path of the token file of a dataset prefix."""
-    return Path(f"{os.fspath(prefix)}.bin")
-
-
-def idx_path(prefix: PathLike) -> Path:
-    """Path of the index file of a dataset prefix."""
-    return Path(f"{os.fspath(prefix)}.idx")
+_COPY_BYTES = 16 << 20
 
 
 def token_dtype(vocab_size: int | None) -> type[np.number[Any]]:
@@ -74,7 +69,7 @@ class IndexedDataset:
             ``"cached"`` holds all of it in memory.
 
     Raises:
-        DataError: A file is missing, truncated, or not an index of this format.
+        DataError: A file is missing, truncated, or not an index of this format, or any number of the index is wrong.
     """
 
     def __init__(self, prefix: PathLike, reader: Reader = "mmap") -> None:
@@ -85,22 +80,11 @@ class IndexedDataset:
         self._open()
 
     def _open(self) -> None:
-        for path in (bin_path(self.prefix), idx_path(self.prefix)):
-            if not path.is_file():
-                raise DataError(
-                    f"{path} does not exist. An indexed dataset is the two files {self.prefix.name}.bin and "
-                    f"{self.prefix.name}.idx; give their common prefix, and create them with `lightning-megatron "
-                    "preprocess`."
-                )
-        self.dtype, num_sequences, num_boundaries = self._read_header()
-        index: NDArray[np.uint8] = np.memmap(idx_path(self.prefix), mode="r", dtype=np.uint8)
-        start = _HEADER.size
-        self.sequence_lengths: NDArray[np.int32] = np.frombuffer(index, np.int32, num_sequences, start)
-        start += self.sequence_lengths.nbytes
-        self.sequence_pointers: NDArray[np.int64] = np.frombuffer(index, np.int64, num_sequences, start)
-        start += self.sequence_pointers.nbytes
-        self.document_indices: NDArray[np.int64] = np.frombuffer(index, np.int64, num_boundaries, start)
-        self._check_extent()
+        index, self.idx_crc32 = checked_index(self.prefix)
+        self.dtype = index.dtype
+        self.sequence_lengths, self.sequence_pointers = index.lengths, index.pointers
+        self.document_indices = index.boundaries
+        self._bin_bytes = bin_path(self.prefix).stat().st_size
         self._tokens: TokenArray | None = None
         self._file: int | None = None
         if self.reader == "mmap" and self.num_tokens:
@@ -110,71 +94,30 @@ class IndexedDataset:
         elif self.reader == "lazy":
             self._file = os.open(bin_path(self.prefix), os.O_RDONLY)
 
-    def _read_header(self) -> tuple[np.dtype[Any], int, int]:
-        path = idx_path(self.prefix)
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            header = file.read(_HEADER.size)
-        if len(header) < _HEADER.size:
-            raise DataError(
-                f"{path} is truncated: {size} bytes, {_HEADER.size} needed for its header. Preprocess it again."
-            )
-        magic, version, code, num_sequences, num_boundaries = _HEADER.unpack(header)
-        if magic != _MAGIC or version != 1 or code not in _DTYPES:
-            raise DataError(
-                f"{path} is not a Megatron index: magic {magic!r}, version {version}, dtype code {code}; needed "
-                f"{_MAGIC!r}, 1, and 1 to {max(_DTYPES)}. Preprocess the text again."
-            )
-        needed = _HEADER.size + 12 * num_sequences + 8 * num_boundaries
-        # Multimodal files append one int8 mode a sequence; training on text ignores them.
-        if size not in (needed, needed + num_sequences):
-            raise DataError(
-                f"{path} is damaged: {num_sequences} sequences and {num_boundaries} document boundaries need "
-                f"{needed} bytes, the file has {size}. Copy it again, or preprocess the text again."
-            )
-        return np.dtype(_DTYPES[code]), num_sequences, num_boundaries
+    def verify(self) -> bool:
+        """Check the files whole, whatever was found before: the index, and all tokens against their checksums.
 
-    def _check_extent(self) -> None:
-        """The `.bin` has exactly the bytes that the index describes, and the documents cover all sequences."""
-        needed = 0
-        if len(self):
-            needed = int(self.sequence_pointers[-1]) + int(self.sequence_lengths[-1]) * self.dtype.itemsize
-        path = bin_path(self.prefix)
-        size = path.stat().st_size
-        if size != needed:
-            raise DataError(
-                f"{path} does not belong to its index: the index describes {needed} bytes, the file has {size}. "
-                "It was truncated or replaced: copy both files again, or preprocess the text again."
-            )
-        if not len(self.document_indices) or self.document_indices[0] != 0 or self.document_indices[-1] != len(self):
-            raise DataError(
-                f"{idx_path(self.prefix)} is damaged: its documents do not cover its {len(self)} sequences. "
-                "Preprocess it again."
-            )
-
-    def verify(self) -> None:
-        """Check every offset and boundary of the index (the constructor checks the ends only).
+        Returns:
+            Whether there are checksums. Datasets of other tools have none, and their tokens cannot be checked.
 
         Raises:
-            DataError: An offset or boundary that no writer produces.
+            DataError: Anything in the files is damaged.
         """
-        ends = np.cumsum(self.sequence_lengths, dtype=np.int64) * self.dtype.itemsize
-        starts = np.concatenate(([0], ends[:-1])) if len(self) else ends
-        if not np.array_equal(starts, self.sequence_pointers):
-            bad = int(np.argmax(starts != self.sequence_pointers))
+        checked_index(self.prefix, whole=True)
+        return manifest_path(self.prefix).is_file()
+
+    def require_token_ids(self) -> None:
+        """Raise DataError if the file holds fractions, which no tokenizer makes."""
+        if not np.issubdtype(self.dtype, np.integer):
             raise DataError(
-                f"{idx_path(self.prefix)} is damaged: sequence {bad} begins at byte {self.sequence_pointers[bad]}, "
-                f"the lengths before it add up to {starts[bad]}. Preprocess the text again."
-            )
-        if np.any(self.sequence_lengths < 0) or np.any(np.diff(self.document_indices) < 0):
-            raise DataError(
-                f"{idx_path(self.prefix)} is damaged: negative lengths or documents. Preprocess the text again."
+                f"{idx_path(self.prefix)} says that its tokens are {self.dtype}, token ids are integers: it is damaged "
+                "or holds no text. Preprocess the text again."
             )
 
     @property
     def num_tokens(self) -> int:
         """Tokens in the file."""
-        return bin_path(self.prefix).stat().st_size // self.dtype.itemsize
+        return self._bin_bytes // self.dtype.itemsize
 
     @property
     def num_documents(self) -> int:
@@ -192,13 +135,26 @@ class IndexedDataset:
         """Tokens ``[offset, offset + length)`` of sequence `index`, to its end if `length` is None."""
         if length is None:
             length = int(self.sequence_lengths[index]) - offset
-        start = int(self.sequence_pointers[index]) // self.dtype.itemsize + offset
+        itemsize = self.dtype.itemsize
+        start = int(self.sequence_pointers[index]) // itemsize + offset
         if self._tokens is not None:
             return self._tokens[start : start + length]
         if self._file is None:  # an empty file cannot be mapped
             return np.empty(0, dtype=self.dtype)
-        data = os.pread(self._file, length * self.dtype.itemsize, start * self.dtype.itemsize)
-        return np.frombuffer(data, dtype=self.dtype)
+        return np.frombuffer(self._read(self._file, start * itemsize, length * itemsize), dtype=self.dtype)
+
+    def _read(self, file: int, start: int, size: int) -> bytes:
+        pieces: list[bytes] = []
+        while size:
+            piece = os.pread(file, size, start)  # the system may return less than was asked for
+            if not piece:
+                raise DataError(
+                    f"{bin_path(self.prefix)} ends at byte {start}, where {size} more are needed: it was truncated "
+                    "while it was read. Copy it again, or preprocess the text again."
+                )
+            pieces.append(piece)
+            start, size = start + len(piece), size - len(piece)
+        return b"".join(pieces)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"prefix": self.prefix, "reader": self.reader}
@@ -240,18 +196,21 @@ class IndexedDatasetWriter:
     ) -> None:
         self.prefix = Path(prefix)
         self.dtype = np.dtype(dtype)
-        if self.dtype not in _CODES:
+        if self.dtype not in DTYPE_CODES:
             raise DataError(
-                f"dtype {self.dtype} has no code in the .idx format: use one of {', '.join(map(str, _CODES))}."
+                f"dtype {self.dtype} has no code in the .idx format: use one of {', '.join(map(str, DTYPE_CODES))}."
             )
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
         suffix = partial_suffix or f"{os.getpid()}.partial"
         self._partial_bin = Path(f"{bin_path(prefix)}.{suffix}")
         self._partial_idx = Path(f"{idx_path(prefix)}.{suffix}")
+        self._partial_manifest = Path(f"{manifest_path(prefix)}.{suffix}")
         self._file: BinaryIO = self._partial_bin.open("r+b" if continued else "wb")
+        self._checksums = BlockChecksums()
         if continued:
             self._file.truncate(continued * self.dtype.itemsize)
-            self._file.seek(0, os.SEEK_END)
+            while piece := self._file.read(_COPY_BYTES):
+                self._checksums.update(piece)
         self._lengths: list[NDArray[np.int32]] = []
         self._boundaries: list[NDArray[np.int64]] = [np.zeros(1, dtype=np.int64)]
         self.num_sequences = 0
@@ -292,14 +251,15 @@ class IndexedDatasetWriter:
         self.num_tokens += len(tokens)
 
     def add_dataset(self, prefix: PathLike) -> None:
-        """Append a whole indexed dataset of the same dtype, as a byte copy."""
+        """Append a whole indexed dataset of the same dtype, as a byte copy that is checked where it has checksums."""
         part = IndexedDataset(prefix, reader="lazy")
         if part.dtype != self.dtype:
             raise DataError(
                 f"{bin_path(prefix)} holds {part.dtype} tokens, {self.prefix} {self.dtype}: they cannot be merged."
             )
-        with bin_path(prefix).open("rb") as source, self._explaining_disk_full():
-            shutil.copyfileobj(source, self._file, 16 << 20)
+        manifest = Manifest.load(prefix)
+        for block in _pieces(bin_path(prefix)) if manifest is None else manifest.blocks(prefix):
+            self._write(block)
         self._append_index(part.sequence_lengths, part.document_indices[1:])
         self.num_tokens += part.num_tokens
 
@@ -325,33 +285,48 @@ class IndexedDatasetWriter:
     def _write(self, data: bytes) -> None:
         with self._explaining_disk_full():
             self._file.write(data)
+        self._checksums.update(data)
 
     def _explaining_disk_full(self) -> AbstractContextManager[None]:
         return _explaining_disk_full(self.prefix)
 
     def close(self) -> None:
-        """Write the index and give both files their names; the `.idx` comes last, so it never lacks its `.bin`."""
+        """Write index and checksums and give the files their names; the `.idx` comes last, so it never lacks them."""
         with self._explaining_disk_full():
             _flush(self._file)
             self._file.close()
-            lengths = np.concatenate(self._lengths) if self._lengths else np.empty(0, np.int32)
-            ends = np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
-            boundaries = np.concatenate(self._boundaries)
-            with self._partial_idx.open("wb") as file:
-                file.write(_HEADER.pack(_MAGIC, 1, _CODES[self.dtype], len(lengths), len(boundaries)))
-                file.write(lengths.tobytes())
-                file.write((ends - lengths.astype(np.int64) * self.dtype.itemsize).tobytes())
-                file.write(boundaries.tobytes())
+            idx_bytes, idx_crc32 = self._write_index()
+            manifest = Manifest(idx_bytes, idx_crc32, self._checksums.num_bytes, self._checksums.blocks)
+            with self._partial_manifest.open("wb") as file:
+                file.write(manifest.text().encode())
                 _flush(file)
         idx_path(self.prefix).unlink(missing_ok=True)
+        record_path(self.prefix).unlink(missing_ok=True)
         self._partial_bin.replace(bin_path(self.prefix))
+        self._partial_manifest.replace(manifest_path(self.prefix))
         self._partial_idx.replace(idx_path(self.prefix))
+
+    def _write_index(self) -> tuple[int, int]:
+        """Write the index under its temporary name; returns its size and checksum."""
+        lengths = np.concatenate(self._lengths) if self._lengths else np.empty(0, np.int32)
+        starts = np.cumsum(lengths, dtype=np.int64)
+        starts -= lengths
+        starts *= self.dtype.itemsize
+        boundaries = np.concatenate(self._boundaries)
+        header = HEADER.pack(MAGIC, VERSION, DTYPE_CODES[self.dtype], len(lengths), len(boundaries))
+        size = crc32 = 0
+        with self._partial_idx.open("wb") as file:
+            for part in (header, lengths.tobytes(), starts.tobytes(), boundaries.tobytes()):
+                size, crc32 = size + file.write(part), zlib.crc32(part, crc32)
+            _flush(file)
+        return size, crc32
 
     def discard(self) -> None:
         """Remove what was written."""
         self._file.close()
         self._partial_bin.unlink(missing_ok=True)
         self._partial_idx.unlink(missing_ok=True)
+        self._partial_manifest.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         return self
@@ -382,6 +357,12 @@ def merge(prefixes: Iterable[PathLike], output: PathLike) -> None:
     with IndexedDatasetWriter(output, dtype.type) as writer:
         for prefix in prefixes:
             writer.add_dataset(prefix)
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while piece := file.read(_COPY_BYTES):
+            yield piece
 
 
 def _flush(file: BinaryIO) -> None:

@@ -28,6 +28,8 @@ class Inspection:
     """`[documents]` tokens of each document."""
     sample: str
     """The beginning of the first document, decoded if a tokenizer was given, else its ids."""
+    has_checksums: bool
+    """Whether the tokens were compared with checksums; datasets of other tools have none."""
 
 
 def inspect(prefix: PathLike, tokenizer: Any = None) -> Inspection:
@@ -37,7 +39,7 @@ def inspect(prefix: PathLike, tokenizer: Any = None) -> Inspection:
         DataError: The dataset is missing or damaged.
     """
     dataset = IndexedDataset(prefix)
-    dataset.verify()
+    has_checksums = dataset.verify()
     tokens_before = np.concatenate(([0], np.cumsum(dataset.sequence_lengths, dtype=np.int64)))
     lengths = np.diff(tokens_before[dataset.document_indices])
     first = next((index for index, length in enumerate(dataset.sequence_lengths) if length), None)
@@ -52,6 +54,7 @@ def inspect(prefix: PathLike, tokenizer: Any = None) -> Inspection:
         empty_documents=int(np.count_nonzero(lengths == 0)),
         document_lengths=lengths,
         sample=tokenizer.decode(ids) if tokenizer is not None else " ".join(map(str, ids)),
+        has_checksums=has_checksums,
     )
 
 

@@ -195,13 +195,14 @@ class SentenceDataset(Dataset[Sample]):
         seed: int,
         cache_dir: Path | None,
     ) -> None:
+        dataset.require_token_ids()
         self.dataset = dataset
         self.seq_length = seq_length
         self.vocabulary = vocabulary
         self.seed = seed
         description = {
             "prefix": str(dataset.prefix.resolve()),
-            "data": fingerprint(dataset.prefix),
+            "data": fingerprint(dataset),
             "documents": [documents.start, documents.stop],
             "length": seq_length - special_tokens,
             "min_sentences": min_sentences,
@@ -252,10 +253,11 @@ class SentenceDataset(Dataset[Sample]):
         first, end, target = (int(value) for value in self._mapping[index])
         found = [self.dataset[sentence].tolist() for sentence in range(first, end)]
         largest = max(map(max, filter(None, found)), default=0)
-        if largest >= self.vocabulary.size:
+        smallest = min(map(min, filter(None, found)), default=0)
+        if largest >= self.vocabulary.size or smallest < 0:
             raise DataError(
-                f"{self.dataset.prefix}.bin holds token id {largest}, the vocabulary has {self.vocabulary.size}: the "
-                "data was made with another tokenizer. Preprocess it again."
+                f"{self.dataset.prefix}.bin holds token ids {smallest} to {largest}, the vocabulary has "
+                f"{self.vocabulary.size}: the data was made with another tokenizer. Preprocess it again."
             )
         return found, target, np.random.RandomState((self.seed + index) % 2**32)
 

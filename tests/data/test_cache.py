@@ -67,10 +67,10 @@ def test_a_half_written_entry_is_not_read(tmp_path: Path) -> None:
 
 def test_a_rewritten_dataset_invalidates_its_maps(tmp_path: Path) -> None:
     prefix = write_random_dataset(tmp_path / "corpus", 30)
-    before, first = fingerprint(prefix), GPTDataset(IndexedDataset(prefix), range(30), 16)
+    before, first = fingerprint(IndexedDataset(prefix)), GPTDataset(IndexedDataset(prefix), range(30), 16)
     write_random_dataset(prefix, 30, seed=9)
     second = GPTDataset(IndexedDataset(prefix), range(30), 16)
-    assert fingerprint(prefix) != before
+    assert fingerprint(IndexedDataset(prefix)) != before
     assert len(second) == (int(second.dataset.sequence_lengths.sum()) - 1) // 16 != len(first)
 
 

@@ -18,6 +18,7 @@ from lightning_megatron.data.preprocessing.words import RememberedWords
 from lightning_megatron.data.tokenizer import load_tokenizer
 from lightning_megatron.errors import DataError
 
+FILES = ["c_text_document.bin", "c_text_document.idx", "c_text_document.manifest.json"]
 SMALL = PreprocessOptions(append_eod=True, block_bytes=20_000)
 
 
@@ -51,7 +52,7 @@ def test_output_equals_megatrons_for_any_number_of_workers(
     assert contents(prefix) == expected
     assert reached[-1].input_bytes == reached[-1].total_bytes == jsonl.stat().st_size
     assert reached[-1].tokens == len(expected[0]) // 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["c_text_document.bin", "c_text_document.idx"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
 
 
 @pytest.mark.parametrize("block_bytes", [1, 500, 1 << 30])
@@ -275,7 +276,7 @@ def test_restart_after_a_kill(jsonl: Path, tokenizer_dir: Path, expected, tmp_pa
     assert counts[0] > done  # what was committed is not tokenized again
     assert contents(prefix) == expected
     time.sleep(0.8)  # the workers of the killed process end by themselves
-    assert not [name for name in os.listdir(tmp_path) if name not in ("c_text_document.bin", "c_text_document.idx")]
+    assert sorted(os.listdir(tmp_path)) == FILES
 
 
 def test_a_finished_key_is_written_again_if_another_was_not(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,20 +11,25 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_megatron.data.index_format import regular_file
 from lightning_megatron.data.indexed import IndexedDatasetWriter, PathLike
 from lightning_megatron.errors import DataError
 
 _LENGTH = np.dtype(np.int32)
 _BOUNDARY = np.dtype(np.int64)
+_LARGEST_PROGRESS = 1 << 20
 
 
 @dataclass(frozen=True)
 class Position:
-    """How much of the partial files counts."""
+    """How much of the partial files counts, and the checksums of that much."""
 
     tokens: int = 0
     sequences: int = 0
     documents: int = 0
+    bin_crc32: int = 0
+    lengths_crc32: int = 0
+    boundaries_crc32: int = 0
 
 
 class ResumableWriter(IndexedDatasetWriter):
@@ -31,6 +37,9 @@ class ResumableWriter(IndexedDatasetWriter):
 
     What was added up to a :meth:`flush` can be continued by a writer that is given the :attr:`position` of then; what
     came after is cut off.
+
+    Raises:
+        DataError: The partial files are not those that `position` describes.
     """
 
     def __init__(self, prefix: PathLike, dtype: type[np.number[Any]], position: Position) -> None:
@@ -39,13 +48,23 @@ class ResumableWriter(IndexedDatasetWriter):
             "lengths": _open_at(_partial(prefix, "lengths"), position.sequences * _LENGTH.itemsize),
             "boundaries": _open_at(_partial(prefix, "boundaries"), position.documents * _BOUNDARY.itemsize),
         }
+        self._lengths_crc32 = self._boundaries_crc32 = 0
         if position.sequences:
             self._lengths.append(_read(self._sidecars["lengths"], _LENGTH))
+            self._lengths_crc32 = zlib.crc32(self._lengths[-1].tobytes())
         if position.documents:
             self._boundaries.append(_read(self._sidecars["boundaries"], _BOUNDARY))
+            self._boundaries_crc32 = zlib.crc32(self._boundaries[-1].tobytes())
         self.num_tokens, self.num_sequences = position.tokens, position.sequences
         self.num_documents = position.documents
         self._finished = False
+        if self.position != position:
+            self.release()
+            raise DataError(
+                f"The unfinished files {self.prefix.name}.*.partial of an interrupted run are damaged: checksums "
+                f"differ from those in its progress.json. Remove the progress.json in {self.prefix.parent} to begin "
+                "anew; what the interrupted run has done is lost."
+            )
 
     @staticmethod
     def can_continue(prefix: PathLike, dtype: np.dtype[Any], position: Position) -> bool:
@@ -63,13 +82,22 @@ class ResumableWriter(IndexedDatasetWriter):
     def _append_index(self, lengths: NDArray[Any], boundaries: NDArray[Any]) -> None:
         super()._append_index(lengths, boundaries)
         with self._explaining_disk_full():
-            self._sidecars["lengths"].write(self._lengths[-1].tobytes())
-            self._sidecars["boundaries"].write(self._boundaries[-1].tobytes())
+            self._sidecars["lengths"].write(data := self._lengths[-1].tobytes())
+            self._lengths_crc32 = zlib.crc32(data, self._lengths_crc32)
+            self._sidecars["boundaries"].write(data := self._boundaries[-1].tobytes())
+            self._boundaries_crc32 = zlib.crc32(data, self._boundaries_crc32)
 
     @property
     def position(self) -> Position:
         """How much has been added."""
-        return Position(self.num_tokens, self.num_sequences, self.num_documents)
+        return Position(
+            self.num_tokens,
+            self.num_sequences,
+            self.num_documents,
+            self._checksums.crc32,
+            self._lengths_crc32,
+            self._boundaries_crc32,
+        )
 
     def flush(self) -> None:
         """Make sure that all that was added is on the disk."""
@@ -119,24 +147,47 @@ def load_progress(path: Path, job: str, outputs: int) -> tuple[int, list[Positio
     """Blocks done and the position of each output of an interrupted run of `job`; zero if there was none.
 
     Raises:
-        DataError: The interrupted run was another job.
+        DataError: The interrupted run was another job, or the file is damaged.
     """
-    if not path.is_file():
+    if regular_file(path) is None:
         return 0, [Position()] * outputs
-    state = json.loads(path.read_text())
-    if state["job"] != job:
+    try:
+        with path.open("rb") as file:
+            state = json.loads(file.read(_LARGEST_PROGRESS))
+        found = state["job"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise _damaged(path, f"it holds no record of a run ({type(error).__name__}: {error})") from error
+    if found != job:
         raise DataError(
             f"{path} belongs to an interrupted run with other inputs, tokenizer or options. Start that run again to "
             f"finish it, or remove {path.name} to begin anew."
         )
-    return state["blocks"], [Position(**position) for position in state["positions"]]
+    try:
+        blocks, positions = state["blocks"], [Position(**position) for position in state["positions"]]
+        checksum, computed = state["crc32"], _crc32(job, blocks, positions)
+    except (TypeError, KeyError) as error:
+        raise _damaged(path, f"it holds no record of a run ({type(error).__name__}: {error})") from error
+    if checksum != computed or len(positions) != outputs:
+        raise _damaged(path, f"its checksum is {computed}, {checksum} was written")
+    return blocks, positions
+
+
+def _damaged(path: Path, what: str) -> DataError:
+    return DataError(
+        f"{path} is damaged: {what}. Remove {path.name} to begin anew; what an interrupted run has done is lost."
+    )
+
+
+def _crc32(job: str, blocks: int, positions: Sequence[Position]) -> int:
+    return zlib.crc32(json.dumps([job, blocks, [asdict(position) for position in positions]]).encode())
 
 
 def save_progress(path: Path, job: str, blocks: int, positions: Sequence[Position]) -> None:
     """Record that `blocks` blocks are in the partial files up to `positions`."""
     partial = path.with_suffix(".partial")
+    state = {"job": job, "blocks": blocks, "positions": [asdict(position) for position in positions]}
     with partial.open("w") as file:
-        json.dump({"job": job, "blocks": blocks, "positions": [asdict(position) for position in positions]}, file)
+        json.dump({**state, "crc32": _crc32(job, blocks, positions)}, file)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
