@@ -27,7 +27,7 @@ from lightning_megatron.planner.memory import StageMemory, layer_activations, st
 from lightning_megatron.planner.parameters import model_parameters, stage_parameters
 from lightning_megatron.planner.pipeline import StageTimes, Timeline, simulate
 from lightning_megatron.planner.plan import Plan, plan
-from lightning_megatron.planner.presets import MODELS, model_preset
+from lightning_megatron.planner.presets import MODELS, PRESETS, model_preset, preset
 from lightning_megatron.planner.settings import Batch, Constraints, Recompute, Runtime
 
 __all__ = [
@@ -46,7 +46,9 @@ __all__ = [
     "ACCELERATORS",
     "LINKS",
     "MODELS",
+    "PRESETS",
     "model_preset",
+    "preset",
     "Constraints",
     "Recompute",
     "Runtime",

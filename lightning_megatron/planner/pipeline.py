@@ -262,15 +262,20 @@ def predicted_seconds(times: Sequence[StageTimes], num_microbatches: int, hop_se
 
 
 def simulated_seconds(
-    times: Sequence[StageTimes], num_microbatches: int, hop_seconds: float = 0.0, *, limit: int | None = None
+    times: Sequence[StageTimes],
+    num_microbatches: int,
+    hop_seconds: float = 0.0,
+    *,
+    limit: int | None = None,
+    schedule: ScheduleName | None = None,
 ) -> tuple[float, Timeline]:
     """Seconds of the schedule, and a timeline of at most ``limit`` micro-batches (by default four rounds of stages).
 
     Past the warm-up every further micro-batch adds one period of the steady state, so a long schedule is simulated at
-    two lengths and continued in a straight line.
+    two lengths and continued in a straight line. ``schedule`` is by default what megatron-core takes for these chunks.
     """
     pp = len(times)
-    name = schedule_name(len(times[0].forward))
+    name = schedule or schedule_name(len(times[0].forward))
     longest = max(limit or 4 * pp, 2 * pp)
     if num_microbatches <= longest:
         timeline = simulate(name, times, num_microbatches, hop_seconds)

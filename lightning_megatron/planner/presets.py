@@ -1,10 +1,11 @@
-"""Model presets by name: GPT-2, GPT-3, the Megatron papers' models, and Llama's sizes."""
+"""Model presets by name, those of ``conf/model``: what can be planned can be trained under the same name."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from lightning_megatron.models.config import GPTConfig
+from lightning_megatron.models.config import BertConfig, GPTConfig, T5Config, TransformerModelConfig
+from lightning_megatron.planner.equivalent import dense_equivalent
 from lightning_megatron.planner.hardware import lookup
 
 
@@ -46,7 +47,32 @@ def _gpt2(size: Literal["small", "medium", "large", "xl"]) -> GPTConfig:
     return GPTConfig.gpt2(size)
 
 
-MODELS: dict[str, GPTConfig] = {
+_TINY: dict[str, Any] = {
+    "num_layers": 4,
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "vocab_size": 4096,
+    "max_position_embeddings": 128,
+}
+
+PRESETS: dict[str, TransformerModelConfig] = {
+    "gpt_tiny": GPTConfig(**_TINY, activation="gelu_tanh"),
+    "llama_tiny": GPTConfig.llama(**_TINY, num_query_groups=2, ffn_hidden_size=384),
+    "moe_tiny": GPTConfig.llama(
+        **_TINY, num_query_groups=2, ffn_hidden_size=384, num_moe_experts=4, moe_router_topk=2, moe_ffn_hidden_size=192
+    ),
+    "bert_tiny": BertConfig(**_TINY),
+    "bert_345m": BertConfig.megatron("345m", vocab_size=30522),
+    "t5_tiny": T5Config(**{**_TINY, "num_layers": 2}),
+    "t5_v1_1_base": T5Config.v1_1(
+        num_layers=12,
+        hidden_size=768,
+        num_attention_heads=12,
+        kv_channels=64,
+        ffn_hidden_size=2048,
+        vocab_size=32128,
+        max_position_embeddings=512,
+    ),
     "gpt2_small": _gpt2("small"),
     "gpt2_medium": _gpt2("medium"),
     "gpt2_large": _gpt2("large"),
@@ -61,7 +87,15 @@ MODELS: dict[str, GPTConfig] = {
     "llama_13b": _llama(40, 5120, 40, 13824),
     "llama_70b": _llama(80, 8192, 64, 28672, groups=8),
     "llama3_1b": _llama(
-        16, 2048, 32, 8192, groups=8, vocab=128256, positions=8192, share_embeddings_and_output_weights=True
+        16,
+        2048,
+        32,
+        8192,
+        groups=8,
+        vocab=128256,
+        positions=8192,
+        rotary_base=500000.0,
+        share_embeddings_and_output_weights=True,
     ),
     "llama3_8b": _llama(32, 4096, 32, 14336, groups=8, vocab=128256, positions=8192, rotary_base=500000.0),
     "llama3_70b": _llama(80, 8192, 64, 28672, groups=8, vocab=128256, positions=8192, rotary_base=500000.0),
@@ -69,10 +103,19 @@ MODELS: dict[str, GPTConfig] = {
 }
 
 
-def model_preset(name: str, **changes: Any) -> GPTConfig:
+MODELS: dict[str, GPTConfig] = {name: dense_equivalent(config) for name, config in PRESETS.items()}
+"""What the planner's formulas take for each preset: BERT, T5 and experts as dense decoders of their sizes."""
+
+
+def preset(name: str, **changes: Any) -> TransformerModelConfig:
     """The configuration called ``name``, with some fields changed.
 
     Raises:
         ValueError: no preset has this name (the nearest ones are named), or the changed fields do not fit.
     """
-    return lookup("model", name, MODELS).replace(**changes)
+    return lookup("model", name, PRESETS).replace(**changes)
+
+
+def model_preset(name: str, **changes: Any) -> GPTConfig:
+    """What the planner takes for the configuration called ``name``, with some fields changed; see :func:`preset`."""
+    return dense_equivalent(preset(name, **changes))

@@ -8,9 +8,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from lightning_megatron.layout import ParallelLayout
-from lightning_megatron.models.config import GPTConfig
+from lightning_megatron.models.config import GPTConfig, TransformerModelConfig
+from lightning_megatron.planner.equivalent import dense_equivalent
 from lightning_megatron.planner.hardware import ACCELERATORS, LINKS, Cluster, unknown
-from lightning_megatron.planner.presets import MODELS, model_preset
+from lightning_megatron.planner.presets import PRESETS, preset
 from lightning_megatron.planner.settings import Batch, Constraints, Recompute, Runtime
 
 _PLAN_KEYS = {
@@ -43,7 +44,11 @@ _PLAN_KEYS = {
     "overlap_param_gather": "bool",
     "host_ms_per_layer": "float",
 }
-_MODEL_KEYS = {field.name: str(field.type) for field in fields(GPTConfig)}
+_MODEL_KEYS = {
+    field.name: str(field.type)
+    for kind in dict.fromkeys(type(config) for config in PRESETS.values())
+    for field in fields(kind)
+}
 _GROUPS = ("model", "parallel", "data", "trainer")
 _NUMBERS = {"int": int, "float": float}
 _BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -59,7 +64,10 @@ class Request:
     """What a command line asks to plan."""
 
     model_name: str
+    trained: TransformerModelConfig
+    """The model as it is trained."""
     model: GPTConfig
+    """The same as the planner's formulas take it."""
     cluster: Cluster
     batch: Batch
     constraints: Constraints
@@ -120,11 +128,12 @@ def build_request(values: Mapping[str, Any]) -> Request:
         ValueError: ``model`` is missing, a name is not known, or sizes do not fit.
     """
     if "model" not in values:
-        raise ValueError(f"model= is missing. Known models: {', '.join(MODELS)}.")
+        raise ValueError(f"model= is missing. Known models: {', '.join(PRESETS)}.")
     name = values["model"]
     recompute_keys = ("recompute_granularity", "recompute_method", "recompute_num_layers")
     changes = {key: value for key, value in values.items() if key in _MODEL_KEYS and key not in recompute_keys}
-    model = model_preset(name, **changes)
+    trained = _changed(name, changes)
+    model = dense_equivalent(trained)
     gpus = values.get("gpus", 8)
     cluster = Cluster.of(
         values.get("gpu", "h100"),
@@ -159,17 +168,35 @@ def build_request(values: Mapping[str, Any]) -> Request:
         runtime["host_seconds_per_layer"] = values["host_ms_per_layer"] / 1e3
     return Request(
         model_name=name,
+        trained=trained,
         model=model,
         cluster=cluster,
         batch=batch,
-        constraints=_constraints(values, recompute),
+        constraints=_constraints(values, recompute, decoder=isinstance(trained, GPTConfig)),
         runtime=Runtime(**runtime),
     )
 
 
-def _constraints(values: Mapping[str, Any], recompute: Recompute | None) -> Constraints:
+def _changed(name: str, changes: Mapping[str, Any]) -> TransformerModelConfig:
+    """The preset with some fields changed.
+
+    Raises:
+        ValueError: there is no such preset, or its model has no such field.
+    """
+    config = preset(name)
+    own = {field.name for field in fields(config)}
+    for key in changes:
+        if key not in own:
+            raise unknown(f"model={name}: field", key, own)
+    return config.replace(**changes)
+
+
+def _constraints(values: Mapping[str, Any], recompute: Recompute | None, *, decoder: bool) -> Constraints:
     names = {field.name for field in fields(Constraints)}
     given = {key: value for key, value in values.items() if key in names}
+    if not decoder and "layout" not in values:
+        # BERT and T5 have neither context parallelism nor, as the planner sees them, chunks that could interleave.
+        given = {"context_parallel_size": 1, "virtual_pipeline_model_parallel_size": 1} | given
     if "virtual_pipeline_model_parallel_size" in given:
         given["virtual_pipeline_model_parallel_size"] = given["virtual_pipeline_model_parallel_size"] or 1
     if "layout" not in values:
@@ -183,6 +210,6 @@ def _constraints(values: Mapping[str, Any], recompute: Recompute | None) -> Cons
 def describe_choices() -> str:
     """The names that ``model``, ``gpu`` and the links may have, for a help text."""
     return (
-        f"models: {', '.join(MODELS)}\ngpus: {', '.join(ACCELERATORS)}\nlinks: {', '.join(LINKS)}\n"
+        f"models: {', '.join(PRESETS)}\ngpus: {', '.join(ACCELERATORS)}\nlinks: {', '.join(LINKS)}\n"
         f"keys: {', '.join(_PLAN_KEYS)}\nand every field of GPTConfig, such as num_layers or model.hidden_size"
     )

@@ -1,13 +1,20 @@
 """``lightning-megatron plan`` as a user types it."""
 
 import argparse
+import io
 import json
 import shlex
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from rich.console import Console
 
 from lightning_megatron.cli import plan as command
+from lightning_megatron.cli import plan_tables
+from lightning_megatron.cli.configuration import conf_dir
+from lightning_megatron.planner import plan
 from lightning_megatron.planner.request import build_request, parse_arguments
 
 
@@ -23,7 +30,11 @@ def test_the_example_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None
     out = capsys.readouterr().out
     assert "774,030,080 parameters on 64 x h100 (8 nodes of 8)" in out
     assert "Best: tp1 dp64 mbs8" in out
-    assert "parallel.micro_batch_size=8 parallel.use_distributed_optimizer=true" in out
+    assert (
+        "lightning-megatron pretrain model=gpt2_large data.data_path=PREFIX data.global_batch_size=512 "
+        "precision=bf16-mixed trainer.devices=8 trainer.num_nodes=8 "
+        "parallel.micro_batch_size=8 parallel.use_distributed_optimizer=true"
+    ) in out
     assert "Assumed:" in out
     for table in ("Layouts, fastest first", "Memory per rank", "Where a step goes", "The same layout otherwise"):
         assert table in out
@@ -34,8 +45,9 @@ def test_parameters_per_rank_of_the_accelerate_guide(capsys: pytest.CaptureFixtu
     out = capsys.readouterr().out
     assert "210,753,280" in out
     assert "209,445,120" in out
-    assert "Bubbles over 2 micro-batches: 1F1B" in out
-    assert "ZB-H1" in out
+    (bubble,) = [line for line in out.splitlines() if line.startswith("Bubble of 2 micro-batches: 1F1B ")]
+    assert bubble.split()[5].rstrip(";") in next(line for line in out.splitlines() if line.startswith(" tp2_pp2_sp "))
+    assert "in its place ZB-H1" in bubble
 
 
 def test_json_is_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,7 +90,10 @@ def test_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("model=gpt2_large hidden_dropout=nan", "hidden_dropout=nan is not a number."),
         ("model=gpt2_large sequence_parallel=maybe", "sequence_parallel=maybe is not true or false."),
         ("model=gpt2_large gpus", "'gpus' is not key=value"),
-        ("gpus=8", "model= is missing. Known models: gpt2_small"),
+        ("gpus=8", "model= is missing. Known models: gpt_tiny"),
+        ("model=bert_345m rotary_base=1e6", "model=bert_345m: field=rotary_base is not known"),
+        ("model=gpt2_large layers=apex", "layers=apex is not known. Known: fused, megatron_core"),
+        ("model=gpt2_large layers=fused attention=torch_softmax", "layers=fused computes attention=flash"),
         ("model=gpt2_large gpus=0", "gpus=0, but must be at least 1."),
         ("model=gpt2_large seq_length=4096", "longer than the 1024 position embeddings"),
         ("model=gpt2_large precision=fp16", "precision=fp16 is not known. Known: bf16-mixed, bf16-true"),
@@ -136,3 +151,52 @@ def test_groups_and_model_fields_are_accepted() -> None:
 def test_default_batch_is_a_multiple_of_the_gpus() -> None:
     assert build_request({"model": "gpt2_small", "gpus": 96}).batch.global_batch_size == 576
     assert build_request({"model": "gpt2_small", "gpus": 10240}).batch.global_batch_size == 10240
+
+
+def commands(out: str) -> list[str]:
+    line = next(line for line in out.splitlines() if line.startswith("  lightning-megatron pretrain "))
+    return shlex.split(line)[2:]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "model=gpt2_large gpus=4 layout=tp2_pp2_sp global_batch_size=48 seq_length=512 hidden_dropout=0",
+        "model=llama_7b gpus=16 global_batch_size=64 precision=bf16-true recompute_granularity=selective",
+        "model=bert_345m gpus=8 gpu=a100",
+        "model=t5_tiny gpus=2 global_batch_size=8",
+        "model=moe_tiny gpus=1",
+        "model=llama3_405b gpus=16384 global_batch_size=2048",
+    ],
+)
+def test_the_printed_command_trains_what_was_planned(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(f"{line} --json") == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert run(line) == 0
+    overrides = commands(capsys.readouterr().out)
+    with initialize_config_dir(str(conf_dir()), version_base=None):
+        config = compose("pretrain", overrides=overrides)
+    best = planned["layouts"][0]
+    request = build_request(parse_arguments(shlex.split(line)))
+    assert instantiate(config.model) == request.trained.replace(**best["model"])
+    assert (config.data.global_batch_size, config.data.seq_length) == (
+        planned["batch"]["global_batch_size"],
+        planned["batch"]["seq_length"],
+    )
+    assert config.precision.precision == planned["batch"]["precision"]
+    assert config.trainer.devices * config.trainer.num_nodes == planned["cluster"]["num_gpus"]
+    assert {name: config.parallel[name] for name in best["parallel"]} == best["parallel"]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_narrow_terminals_lose_columns_not_digits(width: int) -> None:
+    request = build_request(parse_arguments(["model=llama_7b", "gpus=16", "global_batch_size=64"]))
+    result = plan(request.model, request.cluster, request.batch)
+    console = Console(width=width, file=io.StringIO(), record=True)
+    for table in (plan_tables._ranking(result), plan_tables._memory_table(request, result.best)):
+        console.print(table.fitting(console))
+    text = console.export_text()
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text
+    assert max(len(line) for line in text.splitlines()) <= width
+    assert ("HFU" in text) == (width == 120)
+    assert f"{result.best.mfu:.1%}" in text
