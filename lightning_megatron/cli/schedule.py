@@ -23,7 +23,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "schedule",
         help="plot the learning rate of a run before it starts",
-        description="Draw the learning rate over the optimizer steps of a run, from the fields of conf/optim.",
+        description="Draw the learning rate over the optimizer steps of a run, from the fields of conf/optim, which\n"
+        "have the values that `pretrain` has.",
         epilog=f"example:\n  {_EXAMPLE}\n\nkeys: {', '.join(_KEYS)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -47,7 +48,12 @@ def run(args: argparse.Namespace) -> int:
         steps = values.pop("max_steps", None)
         if steps is None or steps < 1:
             raise ValueError("Give max_steps=N, the optimizer steps of the run, of at least 1.")
-        config = OptimizerConfig(**values)
+        config = OptimizerConfig(**(_defaults() | values))
+        if config.lr_warmup_steps >= steps:
+            raise ValueError(
+                f"lr_warmup_steps={config.lr_warmup_steps} is not smaller than max_steps={steps}: the run would end "
+                "before its rate is reached. Take a shorter warm-up."
+            )
         picture = line_chart({"schedule": tuple(learning_rates(config, steps))}, "learning rate")
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_bytes(picture)
@@ -58,6 +64,17 @@ def run(args: argparse.Namespace) -> int:
         print(f"step {step:>10,}  {learning_rate(config, step, steps):.3e}")
     print(f"Wrote {args.output}.")
     return 0
+
+
+def _defaults() -> dict[str, Any]:
+    """The optimizer that `pretrain` takes where nothing is said."""
+    from omegaconf import OmegaConf
+
+    from lightning_megatron.cli.configuration import conf_dir
+
+    values = OmegaConf.to_container(OmegaConf.load(conf_dir() / "optim" / "adamw.yaml"))
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items() if key != "_target_"}
 
 
 def _parse(arguments: list[str]) -> dict[str, Any]:

@@ -240,7 +240,9 @@ def test_the_schedule_command(tmp_path: Path, capsys: Any) -> None:
     output = tmp_path / "plots" / "lr.svg"
     assert main(["schedule", "max_steps=1000", "optim.lr=1e-3", "lr_warmup_steps=100", "-o", str(output)]) == 0
     assert ElementTree.parse(output).getroot().tag.endswith("svg")
-    assert "1.000e-03" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1.000e-03" in out
+    assert out.splitlines()[-2].split() == ["step", "1,000", "3.000e-05"]  # where conf/optim ends, and so `pretrain`
     for wrong, message in (
         ([], "Which schedule?"),
         (["lr=1"], "Give max_steps"),
@@ -248,6 +250,7 @@ def test_the_schedule_command(tmp_path: Path, capsys: Any) -> None:
         (["max_steps=ten"], "is not a whole number"),
         (["max_steps=10", "lr_decay_style=cosin"], "Did you mean 'cosine'"),
         (["max_steps=10", "-o", "x.png"], "is an .svg file"),
+        (["max_steps=10", "lr_warmup_steps=10"], "lr_warmup_steps=10 is not smaller than max_steps=10"),
     ):
         assert main(["schedule", *wrong]) == 2
         assert message in capsys.readouterr().err
