@@ -34,6 +34,8 @@ from lightning_megatron.errors import ModuleError
 
 LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 A, B = "adapter.lora_A", "adapter.lora_B"
+EMBEDDINGS = ("word_embeddings.weight", "output_layer.weight", "output_layer.bias")
+"""Ends of the names of what ``train_embeddings`` leaves unfrozen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,9 @@ class LoRAConfig:
     """Of the input of an adapter."""
     target_modules: tuple[str, ...] = ("linear_qkv", "linear_proj")
     """Of ``linear_qkv``, ``linear_proj``, ``linear_fc1`` and ``linear_fc2``."""
+    train_embeddings: bool = False
+    """Train the token embeddings and the output layer as well, whole. Added tokens need it: all of them begin with the
+    same embedding."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "target_modules", tuple(self.target_modules))  # YAML has lists
@@ -151,14 +156,16 @@ class LoRAAdapter(torch.nn.Module):
 
 
 def add_adapters(chunks: Iterable[Any], config: LoRAConfig, seed: int) -> None:
-    """Freeze all weights of this rank's chunks, and give the linears that are asked for adapters.
+    """Freeze all weights of this rank's chunks but the embeddings, if they are to be trained, and give the linears that
+    are asked for adapters.
 
     Raises:
         ModuleError: a linear of an expert.
     """
     parallel = (tensor_parallel.ColumnParallelLinear, tensor_parallel.RowParallelLinear)
     for chunk in chunks:
-        chunk.requires_grad_(False)
+        for name, parameter in chunk.named_parameters():
+            parameter.requires_grad_(config.train_embeddings and name.endswith(EMBEDDINGS))
         for path, layer in list(chunk.named_modules()):
             if not isinstance(layer, TransformerLayer):
                 continue

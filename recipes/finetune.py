@@ -31,7 +31,8 @@ def main(config: DictConfig) -> None:
         logger=list(instantiate(config.logger).values()),
         callbacks=list(instantiate(config.callbacks).values()),
     )
-    module = from_pretrained(config.pretrained, instantiate(config.optim), **config.changes)
+    optimizer = instantiate(config.optim)
+    module = from_pretrained(config.pretrained, optimizer, tokenizer=config.data.tokenizer, **config.changes)
     module.lora = instantiate(config.lora)
     data = instantiate(config.data)
     preflight(trainer, module, data, ckpt_path=config.ckpt_path)

@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from lightning_megatron.cli.configuration import ConfigurationError, recipe
-from lightning_megatron.cli.generate import restore, tokenizer_of
+from lightning_megatron.cli.generate import end_tokens_of, restore, tokenizer_of
 from lightning_megatron.generation import Generation, GenerationConfig
 
 
@@ -26,8 +26,8 @@ def main(config: DictConfig) -> None:
     checkpoint = Path(config.checkpoint)
     tokenizer = tokenizer_of(checkpoint, config.tokenizer)
     how: GenerationConfig = instantiate(config.generation)
-    if config.stop_at_end and tokenizer.eos_token_id is not None:
-        how = how.replace(stop_tokens=(*how.stop_tokens, tokenizer.eos_token_id))
+    if config.stop_at_end:
+        how = how.replace(stop_tokens=(*how.stop_tokens, *end_tokens_of(checkpoint, tokenizer)))
     strategy = instantiate(config.parallel, precision_plugin=instantiate(config.precision))
     devices = config.trainer.devices or strategy.layout.model_parallel_size
     trainer = instantiate(config.trainer, strategy=strategy, devices=devices)

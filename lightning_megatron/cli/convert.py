@@ -45,7 +45,10 @@ def add_parser(subparsers: Any) -> None:
     target.add_argument("--make-vocab-size-divisible-by", type=int, help="default: the source's, or 128")
     target.add_argument("--max-shard-size", default="200MB", help="of safetensors (default 200MB)")
     target.add_argument("--model-type", help="of Hugging Face, if several have the model: mistral for a Llama")
-    target.add_argument("--tokenizer-name", help="saved beside the model for huggingface; tells the vocabulary's size")
+    target.add_argument(
+        "--tokenizer-name",
+        help="saved beside the model for huggingface; tells the vocabulary's size, and resizes it to added tokens",
+    )
     target.add_argument("--use-distributed-optimizer", action="store_true", help="name megatron-legacy files for it")
     parser.add_argument(
         "--model-config", type=Path, metavar="FILE", help="JSON for Megatron-LM files without arguments"
@@ -68,6 +71,7 @@ def _run(args: argparse.Namespace) -> int:
     if (args.to is None or args.save_path is None) and not args.print_checkpoint_structure:
         raise ValueError("--save-path and --to are needed, or --print-checkpoint-structure alone.")
     from lightning_megatron.interop.convert import DTYPES, Conversion, convert, open_model, read_model_config, structure
+    from lightning_megatron.interop.resized import tokens_of
     from lightning_megatron.interop.sharded_checkpoint import ShardedCheckpoint
 
     config = None if args.model_config is None else read_model_config(args.model_config)
@@ -93,7 +97,9 @@ def _run(args: argparse.Namespace) -> int:
     )
     source = convert(job)
     merged = isinstance(source, ShardedCheckpoint) and source.lora is not None
-    print(f"{args.save_path} is written{', with adapters merged into the weights' if merged else ''}.")
+    added = 0 if job.tokenizer is None else tokens_of(job.tokenizer) - source.identity.config.vocab_size
+    resized = f", with {added} added tokens, whose embeddings are the mean of the others'" if added > 0 else ""
+    print(f"{args.save_path} is written{', with adapters merged into the weights' if merged else ''}{resized}.")
     if not args.verify:
         return 0
     from lightning_megatron.interop.verify import compare

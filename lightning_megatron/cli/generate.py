@@ -98,8 +98,26 @@ def _config(args: argparse.Namespace, tokenizer: Any) -> GenerationConfig:
         num_beams=args.num_beams,
         num_return_sequences=args.num_return_sequences,
         seed=args.seed,
-        stop_tokens=() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,),
+        stop_tokens=end_tokens_of(args.checkpoint, tokenizer),
     )
+
+
+def end_tokens_of(checkpoint: Path, tokenizer: Any) -> tuple[int, ...]:
+    """Where text ends: at the tokenizer's end token, and at those of the directory that the model was tuned from.
+
+    Raises:
+        CheckpointError: no whole checkpoint, or its end tokens are no token ids.
+    """
+    from lightning_megatron.checkpoint.metadata import CheckpointMetadata
+    from lightning_megatron.errors import CheckpointError
+    from lightning_megatron.interop.generation_settings import check_generation, end_tokens
+
+    settings = CheckpointMetadata.read(checkpoint).model.get("generation", {})
+    try:
+        check_generation(settings)
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{checkpoint} is damaged: its generation settings: {error}. Load another.") from error
+    return end_tokens(settings, tokenizer)
 
 
 class _NoPrompts:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from lightning_megatron.data.bert import BertDataset, BertSamples
     from lightning_megatron.data.blend import Blend, BlendedDataset
     from lightning_megatron.data.datamodule import GlobalBatchDataModule, PretrainingData
-    from lightning_megatron.data.finetuning import FineTuningData, InstructionDataset, InstructionSamples
+    from lightning_megatron.data.finetuning import ExampleCounts, FineTuningData, InstructionDataset, InstructionSamples
     from lightning_megatron.data.gpt import GPTDataset, GPTSamples, TokenLimits
     from lightning_megatron.data.huggingface import BlockDataset, HuggingFaceData
     from lightning_megatron.data.indexed import IndexedDataset, IndexedDatasetWriter, merge
@@ -28,7 +28,7 @@ _MODULES = {
     "preprocessing": ("PreprocessOptions", "preprocess"),
     "masked": ("Masking", "Vocabulary"),
     "huggingface": ("BlockDataset", "HuggingFaceData"),
-    "finetuning": ("FineTuningData", "InstructionDataset", "InstructionSamples"),
+    "finetuning": ("ExampleCounts", "FineTuningData", "InstructionDataset", "InstructionSamples"),
     "bert": ("BertDataset", "BertSamples"),
     "blend": ("Blend", "BlendedDataset"),
     "datamodule": ("GlobalBatchDataModule", "PretrainingData"),
@@ -47,6 +47,7 @@ __all__ = [
     "Blend",
     "BlendedDataset",
     "BlockDataset",
+    "ExampleCounts",
     "FineTuningData",
     "GPTDataset",
     "GPTSamples",

@@ -2,6 +2,7 @@
 
 import bisect
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Literal, override
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
@@ -17,7 +19,7 @@ from lightning_megatron.data.cache import cached_maps, digest
 from lightning_megatron.data.datamodule import GlobalBatchDataModule
 from lightning_megatron.data.indexed import PathLike
 from lightning_megatron.data.sampler import BatchRamp
-from lightning_megatron.data.tokenizer import Tokenizer, end_of_document_id, tokenizer_identity
+from lightning_megatron.data.tokenizer import Tokenizer, end_of_document_id, prefix_ids, tokenizer_identity
 from lightning_megatron.errors import DataError
 
 TooLong = Literal["truncate", "skip", "error"]
@@ -52,12 +54,27 @@ class Example:
     """Whether each token is predicted with loss."""
 
 
+@dataclass(frozen=True)
+class ExampleCounts:
+    """What became of the examples of a file."""
+
+    examples: int
+    """In the file."""
+    truncated: int
+    """Whose answer was cut at the end of the sequence."""
+    without_answer: int
+    """Left out, because the prompt leaves no room for a token of the answer, or the answer is empty."""
+    skipped: int
+    """Left out, because they are longer than the sequence and `too_long` is ``"skip"``."""
+
+
 class InstructionDataset(Dataset[Sample]):
     """Examples of a JSON-lines file, packed.
 
     A line is ``{"prompt": ..., "completion": ...}`` (also `instruction` or `question`, with or without `input`;
     `response`, `output` or `answer`), or ``{"messages": [{"role": ..., "content": ...}, ...]}`` for the tokenizer's
-    chat template. Answers end with the eos token.
+    chat template. A prompt begins with the special tokens that the tokenizer puts before a text, such as Llama's BOS,
+    as for `generate`; a chat template adds its own. Answers end with the eos token.
 
     A sample is a dict of `tokens`, `labels`, `position_ids` (from 0 in each example), `document_ids` (int64) and
     `loss_mask` (float32), each `[seq_length]`. Padding is a document of its own.
@@ -93,16 +110,42 @@ class InstructionDataset(Dataset[Sample]):
             "seq_length": seq_length,
             "samples": vars(self.samples),
         }
+        if prefix := prefix_ids(tokenizer):
+            description["prefix"] = prefix
+        self.order_id = digest({**description, "file": [stat.st_size]})
+        description["counts"] = list(ExampleCounts.__dataclass_fields__)
         directory = cache_dir or self.path.parent / f"{self.path.name}.index_maps"
         maps = cached_maps(directory, description, lambda: self._build(tokenizer))
         self._tokens, self._learned = maps["tokens"], maps["learned"]
         self._starts, self._packed, self._first = maps["starts"], maps["packed"], maps["first"]
-        self.order_id = digest({**description, "file": [stat.st_size]})
+        self.counts = ExampleCounts(*map(int, maps["counts"]))
+        self._warn()
+
+    def _warn(self) -> None:
+        """Say once how many examples are not learned from as they stand."""
+        counts, limit = self.counts, f"seq_length={self.seq_length}"
+        said = {
+            f"left out because their prompts alone fill {limit}, or their answers are empty": counts.without_answer,
+            f'left out because they are longer than {limit} (too_long="skip")': counts.skipped,
+            f"cut at {limit}, without the end of their answers": counts.truncated,
+        }
+        if any(said.values()):
+            rank_zero_warn(
+                f"{self.path}: of {counts.examples:,} examples, "
+                + "; ".join(f"{count:,} are {what}" for what, count in said.items() if count)
+                + ". Raise seq_length, or shorten them."
+            )
 
     def _build(self, tokenizer: Any) -> dict[str, NDArray[Any]]:
-        examples = list(self._examples(tokenizer))
+        counter: Counter[str] = Counter()
+        examples = list(self._examples(tokenizer, counter))
+        counts = ExampleCounts(**{name: counter[name] for name in ExampleCounts.__dataclass_fields__})
         if not examples:
-            raise DataError(f"{self.path} has no example that can be learned from with seq_length={self.seq_length}.")
+            raise DataError(
+                f"{self.path} has no example that can be learned from with seq_length={self.seq_length}: of "
+                f"{counts.examples:,}, {counts.without_answer:,} have no room for an answer or an empty one, and "
+                f"{counts.skipped:,} are longer. Raise seq_length, or shorten the examples."
+            )
         lengths = np.array([len(example.tokens) for example in examples], dtype=np.int64)
         # An example of n tokens makes n - 1 predictions.
         bins = pack(lengths - 1, self.seq_length) if self.samples.pack else [[index] for index in range(len(examples))]
@@ -112,28 +155,34 @@ class InstructionDataset(Dataset[Sample]):
             "starts": np.concatenate(([0], np.cumsum(lengths))),
             "packed": np.array([index for chosen in bins for index in chosen], dtype=np.int64),
             "first": np.concatenate(([0], np.cumsum([len(chosen) for chosen in bins]))),
+            "counts": np.array(list(vars(counts).values()), dtype=np.int64),
         }
 
-    def _examples(self, tokenizer: Any) -> Iterator[Example]:
+    def _examples(self, tokenizer: Any, counter: Counter[str]) -> Iterator[Example]:
         limit = self.seq_length + 1
+        prefix = prefix_ids(tokenizer)
         with self.path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if line.isspace():
                     continue
-                example = encode_example(
-                    _parse(line, f"{self.path}, line {number}"), tokenizer, f"{self.path}, line {number}"
-                )
+                where = f"{self.path}, line {number}"
+                example = encode_example(_parse(line, where), tokenizer, where, prefix)
+                counter["examples"] += 1
                 if len(example.tokens) > limit and self.samples.too_long == "error":
                     raise DataError(
                         f"{self.path}, line {number}: {len(example.tokens)} tokens, seq_length={self.seq_length} "
                         f"takes {limit}. Raise it, or set too_long to 'truncate' or 'skip'."
                     )
                 if len(example.tokens) > limit and self.samples.too_long == "skip":
+                    counter["skipped"] += 1
                     continue
                 learned = [True] * len(example.tokens) if self.samples.loss_on_prompt else example.learned
                 # The first token is predicted from nothing; without a learned token an example would only cost time.
                 if any(learned[1:limit]):
+                    counter["truncated"] += len(example.tokens) > limit
                     yield Example(example.tokens[:limit], learned[:limit])
+                else:
+                    counter["without_answer"] += 1
 
     def __len__(self) -> int:
         return len(self._first) - 1
@@ -186,8 +235,11 @@ def pack(lengths: Sequence[int] | NDArray[np.int64], capacity: int) -> list[list
     return bins
 
 
-def encode_example(example: dict[str, Any], tokenizer: Any, where: str) -> Example:
+def encode_example(example: dict[str, Any], tokenizer: Any, where: str, prefix: Sequence[int] | None = None) -> Example:
     """Token ids of one example; see :class:`InstructionDataset` for its forms.
+
+    Args:
+        prefix: What begins a prompt; by default, :func:`prefix_ids` of the tokenizer.
 
     Raises:
         DataError: The example has no such form.
@@ -203,7 +255,8 @@ def encode_example(example: dict[str, Any], tokenizer: Any, where: str) -> Examp
             f"{where}: an example needs a prompt (prompt, instruction or question) and one answer (completion, "
             f"response, output or answer) as texts, or messages; it has {', '.join(example) or 'nothing'}."
         )
-    prompt = tokenizer("\n".join(prompts), add_special_tokens=False)["input_ids"]
+    begin = prefix_ids(tokenizer) if prefix is None else list(prefix)
+    prompt = begin + tokenizer("\n".join(prompts), add_special_tokens=False)["input_ids"]
     answer = tokenizer(answers[0], add_special_tokens=False)["input_ids"] + ending
     return Example(prompt + answer, [False] * len(prompt) + [True] * len(answer))
 
@@ -275,6 +328,8 @@ class FineTuningData(GlobalBatchDataModule):
         self.seq_length = seq_length
         self.samples = samples
         self.cache_dir = Path(cache_dir) if cache_dir is not None else None
+        self.example_counts: dict[SplitName, ExampleCounts] = {}
+        """What became of the examples of each split, after `setup`."""
 
     @override
     def check_files(self, stage: str) -> None:
@@ -288,8 +343,9 @@ class FineTuningData(GlobalBatchDataModule):
         for name in self.splits_of(stage):
             path = self.paths[name]
             if path is not None:
-                self.datasets[name] = InstructionDataset(
+                dataset = InstructionDataset(
                     path, self.tokenizer, self.seq_length, self.samples, cache_dir=self.cache_dir
                 )
+                self.datasets[name], self.example_counts[name] = dataset, dataset.counts
             elif name == "train":
                 raise DataError("Fitting needs train_path: FineTuningData(train_path=...).")

@@ -146,6 +146,20 @@ def end_of_document_id(tokenizer: Any) -> int | None:
     return None
 
 
+def prefix_ids(tokenizer: Any) -> list[int]:
+    """Special tokens that a tokenizer puts before every text, such as Llama's BOS; none for GPT-2 and Qwen2.
+
+    They are what its call puts before the ids of the text alone, since attributes such as `bos_token_id` and
+    `add_bos_token` do not say whether its post-processor adds anything.
+    """
+    whole: list[int] = list(tokenizer("a")["input_ids"])
+    text: list[int] = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    for start in range(len(whole) - len(text) + 1):
+        if whole[start : start + len(text)] == text:
+            return whole[:start]
+    return []
+
+
 def tokenizer_identity(tokenizer: Any) -> str:
     """Names the ids that a tokenizer gives: a hash of its vocabulary and chat template."""
     parts = [sorted(tokenizer.get_vocab().items()), getattr(tokenizer, "chat_template", None)]

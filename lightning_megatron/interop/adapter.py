@@ -30,11 +30,16 @@ def save_adapter(module: LanguageModelModule, path: Path, model_type: str | None
     """``adapter_config.json`` and ``adapter_model.safetensors``; rank 0 writes what all have sent.
 
     Raises:
-        ModuleError: the module has no adapters.
+        ModuleError: the module has no adapters, or its embeddings are not those of the directory that it came from.
         CheckpointError: on every rank, if anything failed on any.
     """
     if module.lora is None:
         raise ModuleError("There is no adapter to save. Set module.lora = LoRAConfig(...) before the module is built.")
+    if module.lora.train_embeddings or (module.pretrained is not None and module.pretrained.added_tokens):
+        raise ModuleError(
+            "An adapter holds matrices of linears alone, but embeddings were trained or tokens were added. Write the "
+            "whole model: save_pretrained merges the adapter into it."
+        )
     team = module.strategy.team
     with module.strategy.gathered_weights():
         held = [piece for chunk in module.chunks for piece in pieces(chunk) if is_adapter(piece.name)]

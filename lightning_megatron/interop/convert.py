@@ -16,9 +16,10 @@ from lightning_megatron.checkpoint.metadata import FILE as OUR_FILE
 from lightning_megatron.checkpoint.publish import partial_path, publish, remove
 from lightning_megatron.errors import CheckpointError
 from lightning_megatron.interop import legacy
-from lightning_megatron.interop.core_model import VOCABULARY, CoreModel, CoreSpec, Identity
+from lightning_megatron.interop.core_model import VOCABULARY, CoreModel, CoreSpec
 from lightning_megatron.interop.hugging_face import CONFIG_FILE, HuggingFaceDirectory, HuggingFaceWriter, SaveOptions
 from lightning_megatron.interop.megatron_args import CONFIGS, to_args
+from lightning_megatron.interop.resized import mean_row, tokens_of
 from lightning_megatron.interop.shapes import check_specs
 from lightning_megatron.interop.sharded_checkpoint import ShardedCheckpoint, Target, write_megatron, write_ours
 from lightning_megatron.layout import ParallelLayout
@@ -56,7 +57,9 @@ class Conversion:
     """``None`` keeps the source's, which is 128 for Hugging Face."""
     max_shard_size: int | str = "200MB"
     tokenizer: Any = None
-    """Written beside the model for ``huggingface``; tells the vocabulary's size where Megatron-LM's files do not."""
+    """Written beside the model for ``huggingface``; tells the vocabulary's size where Megatron-LM's files do not. If it
+    has more tokens than the model, the target's vocabulary has rows for them: see
+    :mod:`lightning_megatron.interop.resized`."""
     model_type: str | None = None
     """Which architecture of Hugging Face, if several have the model."""
     model_config: TransformerModelConfig | None = None
@@ -181,7 +184,9 @@ class _Prepared:
         config = model.identity.config
         if job.make_vocab_size_divisible_by is not None:
             config = config.replace(make_vocab_size_divisible_by=job.make_vocab_size_divisible_by)
-        self.identity = Identity(config, model.identity.hugging_face, model.identity.files, model.identity.iteration)
+        if job.tokenizer is not None:
+            config = config.replace(vocab_size=max(config.vocab_size, tokens_of(job.tokenizer)))
+        self.identity = replace(model.identity, config=config)
         self._rows = config.padded_vocab_size(job.tensor_model_parallel_size)
         self.specs: Mapping[str, CoreSpec] = {
             name: CoreSpec(
@@ -201,8 +206,10 @@ class _Prepared:
         if name not in VOCABULARY:
             return tensor
         padded = tensor.new_zeros(self.specs[name].shape)
-        real = self.identity.config.vocab_size
-        padded[:real] = tensor[:real]
+        real, known = self.identity.config.vocab_size, self.model.identity.config.vocab_size
+        padded[:known] = tensor[:known]
+        if known < real:
+            padded[known:real] = mean_row(tensor, known)
         return padded
 
 
@@ -219,14 +226,9 @@ def _has_bias_of_output(config: Any) -> bool:
 
 def open_source(job: Conversion) -> CoreModel:
     """The model at a conversion's ``load_path``, in whichever format it is."""
-    vocab_size = None
-    if job.tokenizer is not None:
-        from lightning_megatron.data.tokenizer import load_tokenizer
-
-        vocab_size = len(load_tokenizer(job.tokenizer))
     return open_model(
         job.load_path,
-        vocab_size=vocab_size,
+        vocab_size=None if job.tokenizer is None else tokens_of(job.tokenizer),
         config=job.model_config,
         exact=job.params_dtype == torch.float32,
     )

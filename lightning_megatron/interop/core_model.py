@@ -34,6 +34,8 @@ class Identity:
     """A directory with its tokenizer and its generation configuration, if any."""
     iteration: int = 0
     """Optimizer steps so far."""
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    """The ``generation_config.json`` that it came with, if any."""
 
 
 class CoreModel(Protocol):

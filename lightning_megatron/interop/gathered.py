@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,9 +41,7 @@ def save_gathered(module: LanguageModelModule, path: Path, options: SaveOptions)
             if not team.first:
                 return None
             origin = module.pretrained
-            identity = (
-                Identity(module.config) if origin is None else Identity(module.config, origin.theirs, origin.path)
-            )
+            identity = Identity(module.config) if origin is None else replace(origin.identity, config=module.config)
             return HuggingFaceWriter(path, identity, specs, options)
 
         writer = team.do(what, begin)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,9 @@ from lightning_megatron.interop.architecture import (
 )
 from lightning_megatron.interop.config_fields import check_class, check_fields, check_sizes, contradiction, structure
 from lightning_megatron.interop.core_model import VOCABULARY, CoreSpec, Identity
+from lightning_megatron.interop.generation_settings import GENERATION_FILE, ROLES, align, read_generation, within
 from lightning_megatron.interop.mapping import Entry, check_names, entries
+from lightning_megatron.interop.resized import ResizedTensor, resized_to, tokens_of
 from lightning_megatron.interop.safetensors_files import (
     SafetensorsWriter,
     StoredTensor,
@@ -40,7 +42,6 @@ from lightning_megatron.models.config import TransformerModelConfig
 
 CONFIG_FILE = "config.json"
 _LAYERS = ("n_layer", "num_hidden_layers", "num_layers", "num_decoder_layers")
-GENERATION_FILE = "generation_config.json"
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model"),
@@ -57,14 +58,22 @@ class HuggingFaceDirectory:
     """Its ``config.json``."""
     config: Any
     """Ours."""
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, StoredTensor | ResizedTensor]
     """By the names of this version of transformers."""
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    """Its ``generation_config.json``, if it has one."""
+    tokenizer: Any = None
+    """The one whose tokens the vocabulary was resized for."""
 
     @classmethod
-    def open(cls, path: str | Path, **changes: Any) -> HuggingFaceDirectory:
+    def open(
+        cls, path: str | Path, *, vocab_size: int | None = None, tokenizer: Any = None, **changes: Any
+    ) -> HuggingFaceDirectory:
         """Read the configuration and all headers, and no tensor.
 
         Args:
+            vocab_size: resize the vocabulary to so many tokens; see :mod:`lightning_megatron.interop.resized`.
+            tokenizer: resize it to those of this one, if it has more: a directory, or an object of transformers.
             changes: fields of our configuration to set otherwise.
 
         Raises:
@@ -88,14 +97,33 @@ class HuggingFaceDirectory:
             raise
         except Exception as error:  # transformers raises many kinds of its own for values of another type
             raise contradiction(path / CONFIG_FILE, theirs, error) from error
-        opened = cls(path, found, theirs, config, tensors)
+        generation = read_generation(path) if found.generates else {}
+        opened = cls(path, found, theirs, config, tensors, generation)
         ignored = [name for name in tensors if found.ignores(config, name)]
         try:
             check_names(found.table(config), tensors, ignored, where=path)
         except CheckpointError as error:
             raise CheckpointError(f"{error} {CONFIG_FILE} says {structure(theirs)}.") from None
         opened._check_shapes()
-        return opened
+        return opened._resized(vocab_size, tokenizer)
+
+    def _resized(self, vocab_size: int | None, tokenizer: Any) -> HuggingFaceDirectory:
+        known = self.config.vocab_size
+        rows = known if vocab_size is None else resized_to(vocab_size, known, self.path)
+        if tokenizer is not None:
+            rows = max(rows, tokens_of(tokenizer))
+        resized = replace(self, tokenizer=tokenizer)
+        if rows == known:
+            return resized
+        vocabularies = {name for entry in self._entries.values() if entry.core in VOCABULARY for name in entry.theirs}
+        tensors = {n: ResizedTensor(t, rows) if n in vocabularies else t for n, t in self.tensors.items()}
+        return replace(resized, config=self.config.replace(vocab_size=rows), tensors=tensors)
+
+    @property
+    def added_tokens(self) -> int:
+        """Tokens that the files do not have."""
+        resized = [t for t in self.tensors.values() if isinstance(t, ResizedTensor)]
+        return resized[0].rows - resized[0].stored.shape[0] if resized else 0
 
     def _check_shapes(self) -> None:
         made = []
@@ -111,7 +139,7 @@ class HuggingFaceDirectory:
     @property
     def identity(self) -> Identity:
         """Which model it is."""
-        return Identity(self.config, self.theirs, self.path)
+        return Identity(self.config, self.theirs, self.path, generation=self.generation)
 
     @cached_property
     def _entries(self) -> dict[str, Entry]:
@@ -275,23 +303,30 @@ class HuggingFaceWriter:
     def _write_the_rest(self) -> None:
         from transformers import CONFIG_MAPPING, GenerationConfig
 
-        tokenizer = self._tokenizer()
-        theirs = _fields(self._identity, self._architecture)
+        identity, tokenizer = self._identity, self._tokenizer()
+        theirs = _fields(identity, self._architecture)
         theirs["dtype"] = str(self._dtype).removeprefix("torch.")
+        generation = dict(identity.generation)
+        if not generation and identity.files is not None and identity.hugging_face:
+            generation = read_generation(identity.files)
+        if tokenizer is not None and not identity.hugging_face:
+            theirs |= {role: getattr(tokenizer, role) for role in ROLES}  # defaults of their class are another model's
         config = CONFIG_MAPPING[self._architecture.model_type].from_dict(dict(theirs))
-        for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            number = getattr(config, role, None)
-            if tokenizer is not None:
-                theirs[role] = getattr(tokenizer, role)
-            elif isinstance(number, int) and number >= self._identity.config.vocab_size:
-                theirs[role] = None  # a default of their class that this vocabulary does not have
-            setattr(config, role, theirs.get(role, number))
+        for role in ROLES:  # a default of their class may be none of this vocabulary
+            default = getattr(config, role, None)
+            if role not in theirs and isinstance(default, int) and default >= identity.config.vocab_size:
+                theirs[role] = None
+        within(theirs, identity.config.vocab_size)
+        for role in set(ROLES) & set(theirs):
+            setattr(config, role, theirs[role])
+        if not generation and self._architecture.generates:
+            generation = GenerationConfig.from_model_config(config).to_diff_dict()
+        if tokenizer is not None and identity.hugging_face:
+            align(theirs, generation, tokenizer)
+        within(generation, identity.config.vocab_size)
         (self._partial / CONFIG_FILE).write_text(json.dumps(theirs, indent=2) + "\n")
-        source = self._identity.files
-        if source is not None and (source / GENERATION_FILE).is_file() and tokenizer is None:
-            shutil.copy(source / GENERATION_FILE, self._partial)
-        elif self._architecture.generates:
-            GenerationConfig.from_model_config(config).save_pretrained(self._partial)
+        if self._architecture.generates:
+            (self._partial / GENERATION_FILE).write_text(json.dumps(generation, indent=2) + "\n")
 
     def _tokenizer(self) -> Any:
         source = self._options.tokenizer

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 
 from lightning_megatron.errors import CheckpointError
 from lightning_megatron.interop.core_model import CoreSpec, Identity, module_name
+from lightning_megatron.interop.generation_settings import check_generation
 from lightning_megatron.layout import ParallelLayout
 from lightning_megatron.models.config import BertConfig, GPTConfig, T5Config, TransformerModelConfig
 
@@ -45,7 +46,12 @@ def described(model: Mapping[str, Any], where: Any) -> Identity:
     hugging_face = model.get("hugging_face") or {}
     if not isinstance(hugging_face, Mapping):
         raise CheckpointError(f"{where} is damaged: its hugging_face has no fields. Load another checkpoint.")
-    return Identity(config, hugging_face)
+    generation = model.get("generation") or {}
+    try:
+        check_generation(generation)
+    except (AttributeError, ValueError) as error:
+        raise CheckpointError(f"{where} is damaged: its generation settings: {error}. Load another.") from error
+    return Identity(config, hugging_face, generation=generation)
 
 
 def to_args(
@@ -57,6 +63,8 @@ def to_args(
     groups = config.num_query_groups
     rope = config.position_embedding_type == "rope"
     ours = {"module": module_name(config), "config": config.as_dict(), "hugging_face": dict(identity.hugging_face)}
+    if identity.generation:
+        ours["generation"] = dict(identity.generation)
     args: dict[str, Any] = {
         "num_layers": config.num_layers,
         "encoder_num_layers": config.num_layers,
@@ -138,11 +146,11 @@ def from_args(args: Any, specs: Mapping[str, CoreSpec], vocab_size: int | None, 
     if word is None or len(word.shape) != 2:
         raise CheckpointError(f"{where} holds no language model: it has no matrix embedding.word_embeddings.weight.")
     rows = word.shape[0]
-    if vocab_size is not None and vocab_size > rows:
-        raise CheckpointError(f"The tokenizer has {vocab_size} tokens, but the embedding in {where} only {rows} rows.")
     if OURS in values:
         found = described(values[OURS], where)
-        return Identity(found.config, found.hugging_face, iteration=_number(values.get("iteration")))
+        return replace(found, iteration=_number(values.get("iteration")))
+    if vocab_size is not None and vocab_size > rows:
+        raise CheckpointError(f"The tokenizer has {vocab_size} tokens, but the embedding in {where} only {rows} rows.")
     for name in ("squared_relu", "apply_layernorm_1p", "num_experts", "rotary_interleaved", "multi_latent_attention"):
         if values.get(name):
             raise CheckpointError(

@@ -201,6 +201,8 @@ def write_ours(target: Target, read: Callable[[str], Tensor], steps: Steps = ite
     model: dict[str, Any] = {"module": module_name(identity.config), "config": identity.config.as_dict()}
     if identity.hugging_face:
         model["hugging_face"] = dict(identity.hugging_face)
+    if identity.generation:
+        model["generation"] = dict(identity.generation)
     trainer = {
         "pytorch-lightning_version": pl.__version__,
         "epoch": 0,

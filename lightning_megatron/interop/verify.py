@@ -43,10 +43,12 @@ def compare(source: CoreModel, target: CoreModel, dtype: torch.dtype | None = No
 
     Args:
         dtype: that the target's weights were rounded to; the source's are rounded likewise, so that only the conversion
-            is judged.
+            is judged. Logits of tokens that the target has in addition are left out.
     """
     inputs = _inputs(source.identity.config)
     one, other = _logits(source, inputs, dtype), _logits(target, inputs, dtype)
+    if target.identity.config.vocab_size > source.identity.config.vocab_size:
+        other = other[..., : one.size(-1)]
     difference = (one - other).abs().max()
     return Comparison(float(difference), float(one.abs().max()), inputs["input_ids"].numel())
 

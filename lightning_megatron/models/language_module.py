@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, override
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_megatron.errors import CheckpointError, DataError, LayoutError, ModuleError
@@ -77,6 +78,7 @@ class LanguageModelModule(MegatronModule):
         optimizer: OptimizerConfig | None = None,
         *,
         return_logits: ReturnLogits = False,
+        tokenizer: Any = None,
         **changes: Any,
     ) -> Self:
         """A module with the configuration and the weights of a directory of Hugging Face.
@@ -86,15 +88,19 @@ class LanguageModelModule(MegatronModule):
 
         Args:
             path: a directory with ``config.json`` and safetensors; see :mod:`lightning_megatron.interop`.
+            tokenizer: a directory or an object of transformers. If it has more tokens than the model, the vocabulary is
+                resized to it, as ``resize_token_embeddings`` does: each new row is the mean of the old ones. It is
+                what :meth:`save_pretrained` then saves.
             changes: fields of the configuration to set otherwise, such as ``hidden_dropout=0.0``. With
-                ``num_labels`` a BERT gets a head for fine-tuning, with initial weights if the directory has none.
+                ``num_labels`` a BERT gets a head for fine-tuning, with initial weights if the directory has none. A
+                larger ``vocab_size`` resizes the vocabulary, as a tokenizer does.
 
         Raises:
             CheckpointError: no such directory, one that is incomplete or damaged, or a model of another kind.
         """
         from lightning_megatron.interop.hugging_face import HuggingFaceDirectory
 
-        opened = HuggingFaceDirectory.open(path, **changes)
+        opened = HuggingFaceDirectory.open(path, tokenizer=tokenizer, **changes)
         if not isinstance(opened.config, cls.config_type):
             kind = type(opened.config).__name__.removesuffix("Config")
             raise CheckpointError(
@@ -125,8 +131,9 @@ class LanguageModelModule(MegatronModule):
             model_type: which architecture, if several have the model; ``None`` is the one it was loaded from, or else
                 the first that fits.
             dtype: ``None`` keeps the weights' own.
-            tokenizer: one of transformers, or where to load it from; ``None`` copies that of the directory that the
-                module was loaded from.
+            tokenizer: one of transformers, or where to load it from; ``None`` is the one that :meth:`from_pretrained`
+                was given, or else copies that of the directory that the module was loaded from. Its special tokens go
+                into ``config.json`` and ``generation_config.json``, beside the end tokens and settings that these have.
 
         Raises:
             CheckpointError: on every rank: something is there, no architecture of Hugging Face has this model, or
@@ -135,6 +142,8 @@ class LanguageModelModule(MegatronModule):
         from lightning_megatron.interop.gathered import save_gathered
         from lightning_megatron.interop.hugging_face import SaveOptions
 
+        if tokenizer is None and self.pretrained is not None:
+            tokenizer = self.pretrained.tokenizer
         save_gathered(self, Path(path), SaveOptions(max_shard_size, model_type, dtype, tokenizer))
 
     def save_adapter(self, path: str | Path, *, model_type: str | None = None) -> None:
@@ -146,7 +155,7 @@ class LanguageModelModule(MegatronModule):
             model_type: as in :meth:`save_pretrained`.
 
         Raises:
-            ModuleError: the module has no adapters.
+            ModuleError: the module has no adapters, or its embeddings are not those of the directory that it came from.
             CheckpointError: on every rank: something is there, or writing failed.
         """
         from lightning_megatron.interop.adapter import save_adapter
@@ -186,7 +195,11 @@ class LanguageModelModule(MegatronModule):
         described |= {"config": asdict(self.config)}  # type: ignore[dict-item]
         if self.lora is not None:
             described |= {"lora": asdict(self.lora)}  # type: ignore[dict-item]
-        return described if self.pretrained is None else described | {"hugging_face": dict(self.pretrained.theirs)}
+        if self.pretrained is not None:
+            described |= {"hugging_face": dict(self.pretrained.theirs)}
+            if self.pretrained.generation:
+                described |= {"generation": dict(self.pretrained.generation)}
+        return described
 
     @override
     def fill_new_chunks(self) -> None:
@@ -205,6 +218,12 @@ class LanguageModelModule(MegatronModule):
         groups = self.strategy.build_context.groups
         if self._built_in is not built and groups.dp_cp.rank() == 0:
             logger.info(parameter_report(self.chunks, groups.tp.rank(), groups.pp.rank()))
+        added = 0 if self.pretrained is None else self.pretrained.added_tokens
+        if added and self.lora is not None and not self.lora.train_embeddings:
+            rank_zero_warn(
+                f"The {added} added tokens have one embedding in common, which LoRA leaves as it is. Set "
+                "LoRAConfig(train_embeddings=True) to train embeddings and output layer too."
+            )
 
     def runs_fused(self, asked: bool | None, context: BuildContext) -> bool:
         """Whether layers and loss run as fused kernels, which read weights and know of no adapters."""

@@ -31,7 +31,12 @@ def module_for(config: TransformerModelConfig, optimizer: OptimizerConfig | None
 
 
 def from_pretrained(
-    path: str | Path, optimizer: OptimizerConfig | None = None, *, return_logits: ReturnLogits = False, **changes: Any
+    path: str | Path,
+    optimizer: OptimizerConfig | None = None,
+    *,
+    return_logits: ReturnLogits = False,
+    tokenizer: Any = None,
+    **changes: Any,
 ) -> LanguageModelModule:
     """The module of a directory of Hugging Face, of the class that its architecture asks for.
 
@@ -44,4 +49,4 @@ def from_pretrained(
 
     module = module_for(HuggingFaceDirectory.open(path, **changes).config)
     assert isinstance(module, LanguageModelModule)
-    return type(module).from_pretrained(path, optimizer, return_logits=return_logits, **changes)
+    return type(module).from_pretrained(path, optimizer, return_logits=return_logits, tokenizer=tokenizer, **changes)

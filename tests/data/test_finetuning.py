@@ -181,3 +181,73 @@ class TestHuggingFaceData:
         blocks = BlockDataset(np.zeros(2318 * 8 + 5, dtype=np.int32), 8)
         assert len(blocks) == 2318
         assert len(GlobalBatchSampler(len(blocks), 48)) == 49
+
+
+class TestSpecialTokens:
+    """Prompts begin as transformers' call of the tokenizer begins them, and so as `generate` gets them."""
+
+    def tokenizers(self, tokenizer_dir: Path) -> dict[str, Any]:
+        from tokenizers import processors
+
+        bos, end = "<|endoftext|>", "[END]"
+        templates = {"none": None, "bos": f"{bos} $A", "end": f"$A {end}", "both": f"{bos} $A {end}"}
+        made = {}
+        for name, template in templates.items():
+            tokenizer = load_tokenizer(tokenizer_dir)
+            tokenizer.add_special_tokens({"pad_token": end})
+            ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (bos, end)]
+            if template is not None:
+                tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+                    single=template, pair=f"{template} $B", special_tokens=ids
+                )
+            made[name] = tokenizer
+        return made
+
+    def test_prompts(self, tokenizer_dir: Path, tmp_path: Path) -> None:
+        path = tmp_path / "train.jsonl"
+        path.write_text('{"prompt": "What is this?", "completion": " A text."}\n')
+        options = InstructionSamples(pack=False)
+        for name, tokenizer in self.tokenizers(tokenizer_dir).items():
+            sample = InstructionDataset(path, tokenizer, 64, options)[0]
+            length = int((sample["document_ids"] == 0).sum())
+            tokens = [*sample["tokens"][:length].tolist(), int(sample["labels"][length - 1])]
+            prompt = tokenizer("What is this?")["input_ids"]
+            if name in ("end", "both"):  # an end token ends an answer, not a prompt
+                prompt = prompt[:-1]
+            answer = tokenizer(" A text.", add_special_tokens=False)["input_ids"]
+            assert tokens == [*prompt, *answer, tokenizer.eos_token_id], name
+            assert sample["loss_mask"][:length].sum() == len(answer) + 1, name
+
+    @pytest.mark.parametrize("begin", ["", "{{ bos_token }}"])
+    def test_chat_templates_add_their_own(self, begin: str, tokenizer_dir: Path, tmp_path: Path) -> None:
+        tokenizer = self.tokenizers(tokenizer_dir)["bos"]
+        tokenizer.chat_template = begin + "{% for m in messages %}[{{ m.role }}]{{ m.content }}[END]{% endfor %}"
+        messages = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "that"}]
+        path = tmp_path / "chat.jsonl"
+        path.write_text(json.dumps({"messages": messages}) + "\n")
+        sample = InstructionDataset(path, tokenizer, 64)[0]
+        length = int((sample["document_ids"] == 0).sum())
+        expected = tokenizer.apply_chat_template(messages, tokenize=True)["input_ids"]
+        assert [*sample["tokens"][:length].tolist(), int(sample["labels"][length - 1])] == expected
+        assert expected.count(tokenizer.bos_token_id) == bool(begin)
+
+
+def test_examples_that_do_not_fit_are_counted(tokenizer: Any, tokenizer_dir: Path, tmp_path: Path) -> None:
+    path, long = tmp_path / "train.jsonl", "word " * 200
+    lines = [("a", "b"), (long, "b"), (long, "c"), ("a", long), ("a", "")]
+    path.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in lines))
+    with pytest.warns(UserWarning, match=r"train.jsonl: of 5 examples, 2 are left out because their prompts alone"):
+        cut = InstructionDataset(path, tokenizer, 64)
+    assert vars(cut.counts) == {"examples": 5, "truncated": 1, "without_answer": 2, "skipped": 0}
+    for _ in range(2):  # built, and from the cache
+        with pytest.warns(UserWarning, match=r"3 are left out because they are longer than seq_length=64.*Raise seq_l"):
+            skipped = InstructionDataset(path, tokenizer, 64, InstructionSamples(too_long="skip"))
+        assert vars(skipped.counts) == {"examples": 5, "truncated": 0, "without_answer": 0, "skipped": 3}
+    module = FineTuningData(path, tokenizer=tokenizer_dir, seq_length=64, global_batch_size=1, num_workers=0)
+    with pytest.warns(UserWarning, match="1 are cut at seq_length=64") as told:
+        module.setup("fit")
+    assert len([warning for warning in told if "train.jsonl" in str(warning.message)]) == 1
+    assert module.example_counts["train"] == cut.counts
+    path.write_text(json.dumps({"prompt": long, "completion": "b"}) + "\n")
+    with pytest.raises(DataError, match=r"of 1, 1 have no room for an answer"):
+        InstructionDataset(path, tokenizer, 64)

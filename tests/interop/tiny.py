@@ -98,6 +98,28 @@ def save(name: str, path: Path, **options: Any) -> Any:
     return model
 
 
+def tokenizer(path: Path, size: int = VOCAB, *, bos: bool = False, **special: str) -> Any:
+    """A saved tokenizer of ``size`` words ``w0``, ``w1``...
+
+    Args:
+        bos: put ``bos_token`` before each text, as Llama's does.
+        special: ``eos_token="w3"`` and the like.
+    """
+    import transformers as hf
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    backend = Tokenizer(models.WordLevel({f"w{number}": number for number in range(size)}, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if bos:
+        token = special["bos_token"]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{token} $A", pair=f"{token} $A $B", special_tokens=[(token, int(token[1:]))]
+        )
+    made = hf.PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    made.save_pretrained(path)
+    return made
+
+
 def _tokens(length: int, seed: int = 0) -> Tensor:
     return torch.randint(1, VOCAB, (2, length), generator=torch.Generator().manual_seed(seed))
 
