@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from lightning_megatron.cli.configuration import ConfigurationError, recipe
 from lightning_megatron.cli.generate import end_tokens_of, restore, tokenizer_of
 from lightning_megatron.generation import Generation, GenerationConfig
+from lightning_megatron.printable import printable
 
 
 @recipe("generate")
@@ -41,7 +42,7 @@ def main(config: DictConfig) -> None:
     continued = [text for text in texts for _ in range(how.num_return_sequences)]
     lines = [_line(prompt, one, tokenizer) for prompt, one in zip(continued, found, strict=True)]
     if config.output is None:
-        print("\n\n".join(line["text"] for line in lines), flush=True)
+        print("\n\n".join(printable(line["text"]) for line in lines), flush=True)
     else:
         Path(config.output).write_text("".join(json.dumps(line) + "\n" for line in lines))
 

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from lightning_megatron.errors import ModuleError
+from lightning_megatron.printable import printable
 
 if TYPE_CHECKING:
     from lightning_megatron.module import MegatronModule
@@ -45,4 +46,4 @@ class SampleText(Callback):
             from rich.console import Console
 
             for text in self.texts:
-                Console().print(text, style="italic", markup=False, highlight=False)
+                Console().print(printable(text), style="italic", markup=False, highlight=False)

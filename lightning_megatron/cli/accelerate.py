@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_megatron.planner.hardware import unknown
-from lightning_megatron.planner.request import KEYS
+from lightning_megatron.planner.request import KEYS, parse_value
 
 _PREFIX = "megatron_lm_"
 _PRECISIONS = {"no": "32-true", "fp16": "16-mixed", "bf16": "bf16-mixed"}
@@ -87,6 +87,41 @@ TRANSLATED: dict[str, Callable[[Any], dict[str, Any]]] = {
     "min_lr": _to("optim.min_lr"),
     "tensorboard_dir": _to("logger.tensorboard.save_dir"),
 }
+
+_KINDS: dict[str, type | tuple[str, ...]] = {
+    **dict.fromkeys(
+        (
+            *("tp_degree", "pp_degree", "num_layers_per_virtual_pipeline_stage", "decoder_last_pipeline_num_layers"),
+            *("context_parallel_size", "expert_model_parallel_size", "num_micro_batches", "recompute_num_layers"),
+            *("seq_length", "encoder_seq_length", "train_iters", "train_samples", "eval_interval", "eval_iters"),
+            *("lr_decay_iters", "lr_decay_samples", "lr_warmup_iters", "lr_warmup_samples"),
+            *("num_processes", "num_machines"),
+        ),
+        int,
+    ),
+    **dict.fromkeys(
+        (
+            *("sequence_parallelism", "use_distributed_optimizer", "recompute_activations", "eod_mask_loss"),
+            *("use_rotary_position_embeddings", "use_cpu"),
+        ),
+        bool,
+    ),
+    **dict.fromkeys(
+        (
+            *("gradient_clipping", "attention_dropout", "hidden_dropout", "start_weight_decay", "end_weight_decay"),
+            *("lr_warmup_fraction", "min_lr"),
+        ),
+        float,
+    ),
+    "tensorboard_dir": str,
+    "recompute_granularity": ("full", "selective"),
+    "recompute_method": ("uniform", "block"),
+    "weight_decay_incr_style": ("constant", "linear", "cosine"),
+    "lr_decay_style": ("constant", "linear", "cosine", "inverse-square-root", "WSD"),
+}
+"""The type of each field's value, or the words that it may be."""
+_WORDS = {int: "a whole number", bool: "true or false", float: "a finite number", str: "text"}
+_LARGEST = 2**53
 
 UNTRANSLATED: dict[str, str] = {
     "use_custom_fsdp": "Sharding here is the distributed optimizer's: parallel.use_distributed_optimizer=true.",
@@ -194,6 +229,27 @@ def _plain(key: str, value: Any) -> Any:
     return value
 
 
+def _typed(key: str, name: str, value: Any) -> Any:
+    """A plain value of the type of the field ``name``.
+
+    Raises:
+        ValueError: it has another type, or is none of the field's words.
+    """
+    _plain(key, value)
+    kind = _KINDS.get(name, str)
+    if isinstance(kind, tuple):
+        if value not in kind:
+            raise unknown(key, value, kind)
+        return value
+    accepted = (int, float) if kind is float else kind
+    fits = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+    if fits and isinstance(value, (int, float)):
+        fits = abs(value) <= _LARGEST  # false for NaN
+    if not fits:
+        raise ValueError(f"{key}={value!r:.80}, but must be {_WORDS[kind]}.")
+    return value
+
+
 class _Translation:
     """A conversion under way."""
 
@@ -210,8 +266,10 @@ class _Translation:
         self.untranslated.append(Untranslated(key, value, reason))
 
     def machine(self, key: str, value: Any) -> None:
-        _plain(key, value)
+        if key != "mixed_precision":
+            _typed(key, key, value)
         if key == "mixed_precision":
+            _plain(key, value)
             if str(value) not in _PRECISIONS:
                 raise unknown("mixed_precision", value, _PRECISIONS)
             self.take(key, {"precision": _PRECISIONS[str(value)]})
@@ -234,7 +292,7 @@ class _Translation:
         elif value is None:
             self.take(key, {})  # Accelerate's default, which is ours too or is not set
         else:
-            self.take(key, TRANSLATED[name](_plain(key, value)))
+            self.take(key, TRANSLATED[name](_typed(key, name, value)))
 
     def other(self, argument: str, value: Any) -> None:
         """One of Megatron-LM's own arguments, which Accelerate passes on unseen."""
@@ -247,7 +305,7 @@ class _Translation:
             self.take(key, {"model.num_query_groups": 1} if value == "multiquery" else {})
         elif argument in KEYS and argument not in ("model", "gpus", "gpu", "layout", "precision"):
             group = "parallel" if "parallel" in argument else "model"
-            self.take(key, {f"{group}.{argument}": value})
+            self.take(key, {f"{group}.{argument}": parse_value(key, str(value), KEYS[argument])})
         else:
             reason = _OTHER_ARGUMENTS.get(argument, "No setting here has this name; it is an argument of Megatron-LM.")
             self.drop(key, value, reason)

@@ -16,6 +16,7 @@ from lightning_megatron.models.config import GPTConfig
 from lightning_megatron.planner.hardware import unknown
 from lightning_megatron.planner.presets import MODELS, model_preset
 from lightning_megatron.planner.request import parse_value
+from lightning_megatron.printable import printable
 
 _GROUPS = ("model", "parallel", "data", "optim", "trainer", "logger")
 _PRECISIONS = {"no": "32-true", "fp16": "16-mixed", "bf16": "bf16-mixed"}
@@ -150,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
         config = build_config(settings)
         check(config)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(to_yaml(config))
@@ -279,11 +280,11 @@ def report(conversion: Conversion) -> None:
     """Print what became of every key."""
     for key, targets in conversion.translated.items():
         shown = ", ".join(f"{target}={conversion.settings.get(target)}" for target in targets)
-        print(f"{key}: {shown or 'the default here as well'}")
+        print(printable(f"{key}: {shown or 'the default here as well'}"))
     if conversion.untranslated:
         print("\nWithout a meaning here:")
     for entry in conversion.untranslated:
-        print(f"{entry.key}: {entry.value}\n    {entry.reason}")
+        print(printable(f"{entry.key}: {entry.value!s:.200}\n    {entry.reason}"))
 
 
 # --------------------------------------------------------------------- writing

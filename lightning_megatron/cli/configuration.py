@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import difflib
 import functools
-import importlib
-import inspect
 import sys
-import types
-import typing
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +22,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import lightning_megatron
+from lightning_megatron.cli import targets
+from lightning_megatron.cli.field_types import fits, parameters, spell
 from lightning_megatron.errors import CheckpointError, DataError, LayoutError, ModuleError
+from lightning_megatron.printable import printable
 
 _OPTIONS = (
     *("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r"),
@@ -65,7 +63,7 @@ def recipe(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callabl
         def checked(config: DictConfig) -> None:
             with _messages():
                 _separate_jobs(config)
-                check(config)
+                check(config, targets.typed(HydraConfig.get().overrides.task))
                 # Lightning warns of data that has no validation part, which is no mistake.
                 warnings.filterwarnings("ignore", message="Total length of `ReplicaDataLoader` across ranks is zero")
                 function(config)
@@ -101,17 +99,38 @@ def _check_arguments(config_name: str, arguments: Sequence[str]) -> list[str]:
     """The overrides among the arguments, if they and the options exist."""
     _check_words(arguments)
     overrides = [argument for argument in arguments if _is_override(argument)]
-    check_overrides(config_name, overrides, _config_dirs(arguments))
+    directories = _config_dirs(arguments)
+    check_overrides(config_name, overrides, directories)
+    if directories or any(override.startswith("hydra.searchpath") for override in overrides):
+        root = [*_values(arguments, "--config-name", "-cn"), config_name][0]
+        _check_hydra(root, overrides, directories)
     return overrides
+
+
+def _check_hydra(root: str, overrides: Sequence[str], directories: Sequence[Path]) -> None:
+    """Raise :class:`ConfigurationError` if files of the user's directories let Hydra itself make objects that are not
+    its own, which it does before the recipe runs."""
+    lines = _one_of_each([_parsed(override) for override in overrides])
+    node = _compose(root, lines, directories, with_hydra=True).hydra
+    own = targets.typed(overrides)
+    for path, found in targets.nodes(node, "hydra"):
+        if reason := targets.refusal(found._get_node("_target_")._value(), path, own, targets.HYDRA):
+            raise ConfigurationError(reason)
+
+
+def _values(arguments: Sequence[str], *options: str) -> list[str]:
+    """Values of an option, written with or without ``=``."""
+    found = []
+    for argument, after in zip(arguments, [*arguments, ""][1:], strict=True):
+        option, given, value = argument.partition("=")
+        if option in options:
+            found.append(value if given else after)
+    return found
 
 
 def _config_dirs(arguments: Sequence[str]) -> list[Path]:
     """Directories of configurations that ``--config-dir`` adds."""
-    found = []
-    for argument, after in zip(arguments, [*arguments, ""][1:], strict=True):
-        option, given, value = argument.partition("=")
-        if option in ("--config-dir", "-cd"):
-            found.append(Path(value if given else after).absolute())
+    found = [Path(value).absolute() for value in _values(arguments, "--config-dir", "-cd", "--config-path", "-cp")]
     missing = [path for path in found if not path.is_dir()]
     if missing:
         raise ConfigurationError(f"--config-dir {missing[0]} is no directory.")
@@ -162,7 +181,7 @@ def _messages() -> Iterator[None]:
         if message is None:
             raise
         # One write, since ranks that fail together share the terminal.
-        sys.stderr.write(f"error{_rank()}: {message}\n")
+        sys.stderr.write(f"error{_rank()}: {printable(message)}\n")
         sys.stderr.flush()
         sys.exit(2 if isinstance(cause, ConfigurationError) else 1)
 
@@ -205,18 +224,23 @@ def compose(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
     """
     check_overrides(config_name, overrides)
     config = _compose(config_name, overrides)
-    check(config)
+    check(config, targets.typed(overrides))
     return config
 
 
-def _compose(config_name: str, overrides: Sequence[str], directories: Sequence[Path] = ()) -> DictConfig:
+def _compose(
+    config_name: str, overrides: Sequence[str], directories: Sequence[Path] = (), *, with_hydra: bool = False
+) -> DictConfig:
     GlobalHydra.instance().clear()
+    everywhere = [conf_dir(), *directories]
+    # A root is not looked for on a search path that is an override.
+    home = next((path for path in everywhere if (path / f"{config_name}.yaml").is_file()), everywhere[0])
     if directories:
-        paths = ",".join(f"'file://{path}'" for path in directories)
+        paths = ",".join(f"'file://{path}'" for path in everywhere if path != home)
         overrides = [*overrides, f"hydra.searchpath=[{paths}]"]
     try:
-        with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return hydra.compose(config_name, list(overrides))
+        with hydra.initialize_config_dir(str(home), version_base="1.3"):
+            return hydra.compose(config_name, list(overrides), return_hydra_config=with_hydra)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigurationError(str(error).strip()) from error
 
@@ -308,13 +332,17 @@ def _nearest(name: str, names: Sequence[str]) -> str:
 # ------------------------------------------------------------------------------------------------------------ types
 
 
-def check(config: DictConfig) -> None:
-    """Raise :class:`ConfigurationError` if a node's ``_target_`` does not take a field, or not a value of its type, or
-    a value is missing."""
+def check(config: DictConfig, own: Collection[str] = ()) -> None:
+    """Raise :class:`ConfigurationError` if a node's ``_target_`` is none that a configuration may make, does not take a
+    field, or not a value of its type, or a value is missing.
+
+    Args:
+        own: targets that the user typed; see :mod:`lightning_megatron.cli.targets`.
+    """
     _check_missing(config)
-    for path, node in _targets(config, ""):
-        target = _locate(node["_target_"], path)
-        hints, takes_any = _parameters(target)
+    for path, node in targets.nodes(config):
+        target = _locate(_value(node, "_target_", f"{path}._target_"), path, own)
+        hints, takes_any = parameters(target)
         for name in node:
             field = f"{path}.{name!s}" if path else str(name)
             if str(name).startswith("_"):
@@ -323,12 +351,12 @@ def check(config: DictConfig) -> None:
                 near = _nearest(field, [f"{path}.{hint}" if path else hint for hint in hints])
                 raise ConfigurationError(f"{node['_target_']} has no field {field!r}.{near}")
             value = _value(node, name, field)
-            if name in hints and not _fits(value, hints[name]):
-                raise ConfigurationError(f"{field}={value!r} is not of the type {_spell(hints[name])}.")
+            if name in hints and not fits(value, hints[name]):
+                raise ConfigurationError(f"{field}={value!r} is not of the type {spell(hints[name])}.")
 
 
 def _check_missing(config: DictConfig) -> None:
-    for path, node in [("", config), *_targets(config, "")]:
+    for path, node in [("", config), *targets.nodes(config)]:
         for name in map(str, node):
             if OmegaConf.is_missing(node, name):
                 field = f"{path}.{name}" if path else name
@@ -342,62 +370,15 @@ def _value(node: DictConfig, name: Any, field: str) -> Any:
         raise ConfigurationError(f"{field}: {str(error).splitlines()[0]}") from error
 
 
-def _targets(node: Any, path: str) -> Iterator[tuple[str, DictConfig]]:
-    if isinstance(node, DictConfig):
-        if "_target_" in node:
-            yield path, node
-        for key, child in _children(node):
-            yield from _targets(child, f"{path}.{key}" if path else key)
-
-
-def _locate(name: str, path: str) -> Any:
-    module, _, attribute = name.rpartition(".")
+def _locate(name: Any, path: str, own: Collection[str]) -> Any:
+    if reason := targets.refusal(name, path, own):
+        raise ConfigurationError(reason)
     try:
-        return getattr(importlib.import_module(module), attribute)
+        return targets.locate(name, own)
+    except PermissionError as error:
+        raise ConfigurationError(f"{path}._target_={name!r} may not be made by a configuration: {error}.") from error
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigurationError(f"{path}._target_={name!r} cannot be imported: {error}") from error
-
-
-def _parameters(target: Any) -> tuple[dict[str, Any], bool]:
-    """Type by name of what ``target`` takes, and whether it takes any other name too."""
-    if is_dataclass(target):
-        hints = typing.get_type_hints(target)
-        return {field.name: hints[field.name] for field in fields(target)}, False
-    function = target.__init__ if inspect.isclass(target) else target
-    parameters = inspect.signature(function).parameters
-    try:
-        hints = typing.get_type_hints(function)
-    except (NameError, TypeError):  # annotations that only a type checker can import
-        hints = {}
-    named = {name: hints.get(name, Any) for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
-    named.pop("self", None)
-    return named, any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value of YAML's types can be one of ``hint``; types that YAML cannot express fit anything."""
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, option) for option in typing.get_args(hint))
-    if origin is typing.Literal:
-        return value in typing.get_args(hint)
-    if hint is type(None) or hint is None:
-        return value is None
-    if hint is bool:
-        return isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is str:
-        return isinstance(value, str)
-    if inspect.isclass(hint) and hint.__module__ == "pathlib":
-        return isinstance(value, str)
-    return True
-
-
-def _spell(hint: Any) -> str:
-    return hint.__name__ if inspect.isclass(hint) else str(hint).replace("typing.", "")
 
 
 def save_config(config: DictConfig) -> None:

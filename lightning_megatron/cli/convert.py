@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lightning_megatron.printable import printable
+
 _EPILOG = """\
 formats, of which the one of --load-path is found out:
   huggingface       config.json and safetensors: GPT-2, Llama, Mistral, Qwen2, Megatron-BERT, BERT, T5, mT5
@@ -63,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         return _run(args)
     except (CheckpointError, LayoutError, DataError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
 
 
@@ -76,7 +78,7 @@ def _run(args: argparse.Namespace) -> int:
 
     config = None if args.model_config is None else read_model_config(args.model_config)
     if args.print_checkpoint_structure:
-        print("\n".join(structure(open_model(args.load_path, config=config))))
+        print("\n".join(map(printable, structure(open_model(args.load_path, config=config)))))
     if args.to is None or args.save_path is None:
         return 0
     job = Conversion(

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_megatron.printable import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -167,18 +169,21 @@ def _examine(path: Path) -> bool:
     if damage:
         print(f"{path}: DAMAGED", file=sys.stderr)
         for line in damage:
-            print(f"  {line}", file=sys.stderr)
+            print(printable(f"  {line}"), file=sys.stderr)
         return False
     found = contents(path)
     metadata = found.metadata
     layout = ", ".join(f"{name}={value}" for name, value in metadata.layout.items() if value not in (None, False, 1))
     print(f"{path}: whole, {found.size / 2**20:.1f} MiB in {len(metadata.files)} files, all checksums match")
-    print(f"  model      {metadata.model.get('module', '?')}, {found.parameters:,} elements in {found.weights} tensors")
+    model = printable(str(metadata.model.get("module", "?")))
+    print(f"  model      {model}, {found.parameters:,} elements in {found.weights} tensors")
     if metadata.tokenizer:
-        print(f"  tokenizer  {metadata.tokenizer['class']} of {metadata.tokenizer['vocab_size']:,} tokens, "
-              f"{metadata.tokenizer['source'] or 'made in memory'}")  # fmt: skip
+        kind, size = metadata.tokenizer.get("class", "?"), metadata.tokenizer.get("vocab_size", "?")
+        tokens = f"{size:,}" if isinstance(size, int) else size
+        source = metadata.tokenizer.get("source") or "made in memory"
+        print(printable(f"  tokenizer  {kind} of {tokens} tokens, {source}"))
     print(f"  optimizer  {', '.join(found.optimizer) or 'none: weights only'}")
-    print(f"  written on {metadata.world_size} ranks{', ' + layout if layout else ''}")
+    print(f"  written on {metadata.world_size} ranks{printable(', ' + layout) if layout else ''}")
     print(f"  random     states of {found.random_states} ranks")
-    print(f"  versions   {', '.join(f'{name} {number}' for name, number in metadata.versions.items())}")
+    print(printable(f"  versions   {', '.join(f'{name} {number}' for name, number in metadata.versions.items())}"))
     return True

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_megatron.printable import printable
+
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
@@ -77,11 +79,12 @@ def run(args: argparse.Namespace) -> int:
         )
         found = module.generate([tokenizer(text)["input_ids"] for text in texts], config)
     except (ValueError, OSError, CheckpointError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     if module.trainer.is_global_zero:
         for generation in found:
-            print(tokenizer.decode(list(generation.tokens), skip_special_tokens=True), end="\n\n", flush=True)
+            text = tokenizer.decode(list(generation.tokens), skip_special_tokens=True)
+            print(printable(text), end="\n\n", flush=True)
     return 0
 
 

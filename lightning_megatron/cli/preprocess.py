@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_megatron.errors import DataError
+from lightning_megatron.printable import printable
 
 
 def add_parser(subparsers: Any) -> None:
@@ -62,10 +63,10 @@ def _require(args: argparse.Namespace, *names: str) -> None:
 
 
 def _plain(text: str) -> str:
-    """Text in which rich reads no markup."""
+    """Text in which rich reads no markup and a terminal no commands."""
     from rich.markup import escape
 
-    return escape(text)
+    return escape(printable(text))
 
 
 def _preprocess(args: argparse.Namespace, console: Any) -> None:

@@ -58,7 +58,9 @@ def _section(anchor: str, title: str, body: str) -> str:
 def _table(rows: Mapping[str, object]) -> str:
     if not rows:
         return ""
-    body = "".join(f"<tr><th>{escape(key)}</th><td>{escape(str(value))}</td></tr>\n" for key, value in rows.items())
+    body = "".join(
+        f"<tr><th>{escape(str(key))}</th><td>{escape(str(value))}</td></tr>\n" for key, value in rows.items()
+    )
     return f"<table>\n{body}</table>"
 
 
@@ -162,11 +164,13 @@ def planned_rates(config: Mapping[str, Any]) -> Series:
         return ()
     steps = trainer.get("max_steps") or -1
     known = {field.name for field in fields(OptimizerConfig)}
-    try:
-        settings = OptimizerConfig(**{key: value for key, value in optim.items() if key in known})
-    except (TypeError, ValueError):
+    if not isinstance(steps, int) or steps <= 0:
         return ()
-    return tuple(learning_rates(settings, steps)) if isinstance(steps, int) and steps > 0 else ()
+    try:  # values of any type may stand in a file
+        settings = OptimizerConfig(**{key: value for key, value in optim.items() if key in known})
+        return tuple((step, float(rate)) for step, rate in learning_rates(settings, steps))
+    except (TypeError, ValueError, ArithmeticError, KeyError):
+        return ()
 
 
 def _figure(title: str, curves: Mapping[str, Series], ylabel: str, *, stacked: bool = False) -> str:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_megatron.errors import CheckpointError, DataError
+from lightning_megatron.json_files import read_bounded
 from lightning_megatron.reporting.series import Series
 
 if TYPE_CHECKING:
     from lightning_megatron.checkpoint.metadata import CheckpointMetadata
 
 _NOT_SERIES = ("step", "epoch")
+_CONFIG_LIMIT = 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +76,7 @@ def read_run(path: Path) -> Run:
             f"Nothing was logged in {path}: it holds neither a metrics.csv nor TensorBoard's event files. Train with "
             "logger=csv, or Trainer(logger=CSVLogger(...))."
         )
-    config_text = (path / "config.yaml").read_text() if (path / "config.yaml").is_file() else ""
+    config_text = _config_text(path / "config.yaml")
     return Run(
         path=path,
         series=series,
@@ -102,16 +104,25 @@ def _modified(path: Path) -> float:
 
 def _read_csv(path: Path) -> dict[str, Series]:
     columns: dict[str, list[tuple[int, float]]] = {}
-    with path.open(newline="") as file:
-        for number, row in enumerate(csv.DictReader(file)):
-            step = int(float(row.get("step") or number))
-            for name, text in row.items():
-                if name and text and name not in _NOT_SERIES:
-                    try:
+    number = -1
+    try:
+        with path.open(newline="") as file:
+            for number, row in enumerate(csv.DictReader(file)):
+                step = int(float(row.get("step") or number))
+                for name, text in row.items():
+                    if name and name not in _NOT_SERIES and isinstance(text, str) and _is_number(text):
                         columns.setdefault(name, []).append((step, float(text)))
-                    except ValueError:
-                        continue
+    except (ValueError, OverflowError, csv.Error) as error:
+        raise DataError(f"{path} is damaged behind row {number + 1}: {error}. Remove it, or mend that row.") from error
     return {name: tuple(points) for name, points in columns.items()}
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _read_events(path: Path) -> dict[str, Series]:
@@ -125,12 +136,22 @@ def _read_events(path: Path) -> dict[str, Series]:
     return {name: tuple((event.step, float(event.value)) for event in events.Scalars(name)) for name in names}
 
 
+def _config_text(path: Path) -> str:
+    """The text of a run's configuration, none if there is no such file or it is none that a run writes."""
+    try:
+        return read_bounded(path, _CONFIG_LIMIT).decode()
+    except (OSError, ValueError):
+        return ""
+
+
 def _parsed(text: str) -> dict[str, Any]:
     import yaml
 
     try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            return {}  # which a run does not write, and which can grow without bound
         found = yaml.safe_load(text) if text else {}
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -24,6 +24,33 @@ def test_accelerate_values_are_plain(field: str, value: object) -> None:
         convert({"megatron_lm_config": {f"megatron_lm_{field}": value}}, num_layers=2)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(
+            (field, value)
+            for field in ("tp_degree", "seq_length", "eval_interval")
+            for value in ("2", 2.5, True, 10**30)
+        ),
+        *(("sequence_parallelism", value) for value in ("true", 1)),
+        *(("gradient_clipping", value) for value in ("1.0", float("nan"), float("inf"), False)),
+        *((field, "none") for field in ("recompute_granularity", "lr_decay_style", "weight_decay_incr_style")),
+        ("tensorboard_dir", 3),
+        ("other_megatron_args", {"num_layers": "many"}),
+    ],
+)
+def test_accelerate_values_have_the_type_of_their_field(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=field):
+        convert({"megatron_lm_config": {f"megatron_lm_{field}": value}}, num_layers=2)
+
+
+@pytest.mark.parametrize("field", ["num_processes", "num_machines", "use_cpu"])
+@pytest.mark.parametrize("value", ["2", None, 1.5])
+def test_accelerate_machines_have_the_type_of_their_field(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=field):
+        convert({field: value, "megatron_lm_config": {}}, num_layers=2)
+
+
 def test_yaml_aliases_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bomb.yaml").write_text("a: &a [x, x]\nb: &b [*a, *a]\nmegatron_lm_config: {}\n")
     output = tmp_path / "out.yaml"

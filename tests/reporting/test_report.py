@@ -254,3 +254,38 @@ def test_the_schedule_command(tmp_path: Path, capsys: Any) -> None:
     ):
         assert main(["schedule", *wrong]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "[" * 5000,
+        "a: &a [1]\nb: *a\n",
+        "optim: {lr: {a: 1}}\ntrainer: {max_steps: 10}\n",
+        "optim: {lr: 0.1, lr_decay_style: [cosine]}\ntrainer: {max_steps: 10}\n",
+        "optim: {lr: 0.1, lr_warmup_steps: x}\ntrainer: {max_steps: 10}\n",
+        "optim: {lr: .nan}\ntrainer: {max_steps: 1000000000000000000}\n",
+        "parallel: {1: {2: [3]}, null: 4}\noptim: [1]\n",
+        "trainer: {max_steps: {a: 1}}\noptim: {lr: 1}\n",
+        "!!python/object/apply:os.system [touch ran]\n",
+        "\x00\x1b[2J",
+        "- 1",
+    ],
+)
+def test_configurations_that_no_run_wrote(config: str, tmp_path: Path) -> None:
+    """A page is made all the same: curves are in other files."""
+    write_run(tmp_path)
+    (tmp_path / "config.yaml").write_text(config)
+    page = render(read_run(tmp_path))
+    Page(page)
+    assert "5,000" not in page
+
+
+def test_damaged_logs_are_named(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    log = tmp_path / "csv" / "version_0" / "metrics.csv"
+    text = log.read_text()
+    for damage in ("1e999,0,1.0\n", "x,0,1.0\n", "nan,0,1\n"):
+        log.write_text(text + damage)
+        with pytest.raises(DataError, match=r"metrics.csv is damaged behind row"):
+            read_run(tmp_path)
