@@ -6,7 +6,7 @@ plain torch, which is how its values are tested without a GPU.
 """
 
 from lightning_megatron.models.fused.cross_entropy import FusedLoss, linear_cross_entropy
-from lightning_megatron.models.fused.float8 import check_float8
+from lightning_megatron.models.fused.float8_check import check_float8
 from lightning_megatron.models.fused.layer import FusedTransformerLayer, layer_spec, reason_not_used
 from lightning_megatron.models.fused.linear import TensorParallel
 

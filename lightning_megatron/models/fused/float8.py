@@ -7,7 +7,7 @@ and a weight by rows for the forward and by columns for the input gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
@@ -15,9 +15,8 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Parameter
 
-from lightning_megatron.backends.core import TransformerLayer
 from lightning_megatron.models.fused import float8_ops, ops
 from lightning_megatron.models.fused.linear import WeightGradients, handed_over, main_grad_of
 from lightning_megatron.models.fused.types import Cast, Quantized
@@ -305,21 +304,3 @@ def _product(
     if out is None:
         return torch._scaled_mm(a, b.t(), **arguments)
     return torch._scaled_mm(a, b.t(), **arguments, out=out)
-
-
-def check_float8(chunks: Iterable[Module]) -> None:
-    """Refuse models in which FP8 would not reach every layer.
-
-    Raises:
-        ValueError: a layer that does not run fused, or no layers.
-    """
-    from lightning_megatron.models.fused.layer import FusedTransformerLayer
-
-    layers = [m for chunk in chunks for m in chunk.modules() if isinstance(m, TransformerLayer)]
-    other = next((m for m in layers if not (isinstance(m, FusedTransformerLayer) and m.float8 is not None)), None)
-    if other is not None or not layers:
-        found = "no Transformer layers" if other is None else f"layers that run unfused ({type(other).__name__})"
-        raise ValueError(
-            f"fp8 is for models of fused Transformer layers, but this one has {found}. Use GPTModule or BertModule "
-            "without fused=False, lora or post_layernorm, or leave out MegatronPrecision(fp8=...)."
-        )
