@@ -25,7 +25,8 @@ def main(config: DictConfig) -> None:
     if not texts:
         raise ConfigurationError("There is nothing to continue: give prompts=[...] or prompts_file=...")
     checkpoint = Path(config.checkpoint)
-    tokenizer = tokenizer_of(checkpoint, config.tokenizer)
+    trust = {"from_hub": config.from_hub, "trust_remote_code": config.trust_remote_code}
+    tokenizer = tokenizer_of(checkpoint, config.tokenizer, **trust)
     how: GenerationConfig = instantiate(config.generation)
     if config.stop_at_end:
         how = how.replace(stop_tokens=(*how.stop_tokens, *end_tokens_of(checkpoint, tokenizer)))

@@ -175,8 +175,8 @@ _TOP_LEVEL: dict[str, str] = {
     "tpu_use_sudo": "It is for TPUs.",
 }
 _OTHER_ARGUMENTS = {
-    "vocab_file": "Give the tokenizer as a Hugging Face name or a folder: data.tokenizer=gpt2.",
-    "merge_file": "Give the tokenizer as a Hugging Face name or a folder: data.tokenizer=gpt2.",
+    "vocab_file": "Give the tokenizer as a folder, or by a name that was downloaded: data.tokenizer=gpt2.",
+    "merge_file": "Give the tokenizer as a folder, or by a name that was downloaded: data.tokenizer=gpt2.",
 }
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lightning_megatron.cli.trust import add_trust
 from lightning_megatron.printable import printable
 
 _EPILOG = """\
@@ -51,6 +52,7 @@ def add_parser(subparsers: Any) -> None:
         "--tokenizer-name",
         help="saved beside the model for huggingface; tells the vocabulary's size, and resizes it to added tokens",
     )
+    add_trust(target)
     target.add_argument("--use-distributed-optimizer", action="store_true", help="name megatron-legacy files for it")
     parser.add_argument(
         "--model-config", type=Path, metavar="FILE", help="JSON for Megatron-LM files without arguments"
@@ -81,6 +83,13 @@ def _run(args: argparse.Namespace) -> int:
         print("\n".join(map(printable, structure(open_model(args.load_path, config=config)))))
     if args.to is None or args.save_path is None:
         return 0
+    tokenizer = None
+    if args.tokenizer_name is not None:
+        from lightning_megatron.data.tokenizer import load_tokenizer
+
+        tokenizer = load_tokenizer(
+            args.tokenizer_name, from_hub=args.from_hub, trust_remote_code=args.trust_remote_code
+        )
     job = Conversion(
         load_path=args.load_path,
         save_path=args.save_path,
@@ -91,7 +100,7 @@ def _run(args: argparse.Namespace) -> int:
         params_dtype=None if args.target_params_dtype is None else DTYPES[args.target_params_dtype],
         make_vocab_size_divisible_by=args.make_vocab_size_divisible_by,
         max_shard_size=args.max_shard_size,
-        tokenizer=args.tokenizer_name,
+        tokenizer=tokenizer,
         model_type=args.model_type,
         model_config=config,
         use_distributed_optimizer=args.use_distributed_optimizer,

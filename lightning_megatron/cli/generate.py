@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_megatron.cli.trust import add_trust
 from lightning_megatron.printable import printable
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", help="directory, tokenizer.json, or name that transformers knows (default: the run's own)"
     )
+    add_trust(parser)
     parser.add_argument("--prompt", action="append", default=[], help="text to continue; may be given several times")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with a prompt on each line")
     machine = parser.add_argument_group("processes")
@@ -68,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
         texts = [*args.prompt, *(args.prompts.read_text().splitlines() if args.prompts else [])]
         if not texts:
             raise ValueError("Give at least one --prompt, or --prompts with a file of them.")
-        tokenizer = tokenizer_of(args.checkpoint, args.tokenizer)
+        trust = {"from_hub": args.from_hub, "trust_remote_code": args.trust_remote_code}
+        tokenizer = tokenizer_of(args.checkpoint, args.tokenizer, **trust)
         config = _config(args, tokenizer)
         module = load(
             args.checkpoint,
@@ -133,8 +136,13 @@ class _NoPrompts:
         return iter(())
 
 
-def tokenizer_of(checkpoint: Path, given: str | None) -> Any:
+def tokenizer_of(
+    checkpoint: Path, given: str | None, *, from_hub: bool = False, trust_remote_code: bool = False
+) -> Any:
     """The tokenizer that was given, or that which the checkpoint names.
+
+    Args:
+        from_hub, trust_remote_code: of :func:`~lightning_megatron.data.load_tokenizer`.
 
     Raises:
         CheckpointError: no whole checkpoint, or one that names none.
@@ -146,15 +154,17 @@ def tokenizer_of(checkpoint: Path, given: str | None) -> Any:
     from lightning_megatron.errors import CheckpointError, DataError
 
     if given is not None:
-        return load_tokenizer(given)
+        return load_tokenizer(given, from_hub=from_hub, trust_remote_code=trust_remote_code)
     named = CheckpointMetadata.read(checkpoint).tokenizer
     if not named.get("source"):
         raise CheckpointError(f"{checkpoint} names no tokenizer. Give one.")
     try:
-        tokenizer = load_tokenizer(named["source"], local_only=True)  # a checkpoint's word opens no connection
+        if not isinstance(named["source"], str):
+            raise DataError(f"The name {named['source']!r:.60} is no text.")
+        tokenizer = load_tokenizer(named["source"], from_hub=from_hub, trust_remote_code=trust_remote_code)
     except DataError as error:
         raise DataError(f"{error} {checkpoint} names it; give another, or this one by hand, as tokenizer.") from error
-    if not tokenizer_identity(tokenizer).startswith(named["identity"]):
+    if not tokenizer_identity(tokenizer).startswith(str(named.get("identity"))):
         raise DataError(
             f"The tokenizer in {named['source']} is not the one that {checkpoint} was trained with any more."
         )

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lightning_megatron.cli.trust import add_trust
 from lightning_megatron.errors import DataError
 from lightning_megatron.printable import printable
 
@@ -24,6 +25,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--output", help="prefix; key K goes to PREFIX_K_document.bin and .idx")
     parser.add_argument("--tokenizer", help="directory or name for AutoTokenizer, or a tokenizer.json")
+    add_trust(parser)
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--merge", action="store_true", help="concatenate indexed datasets into OUTPUT instead")
     instead.add_argument("--inspect", action="store_true", help="count, decode and draw indexed datasets instead")
@@ -74,8 +76,10 @@ def _preprocess(args: argparse.Namespace, console: Any) -> None:
 
     from lightning_megatron.data.preprocessing import PreprocessOptions, preprocess
     from lightning_megatron.data.preprocessing import Progress as Reached
+    from lightning_megatron.data.tokenizer import load_tokenizer
 
     _require(args, "output", "tokenizer")
+    tokenizer = load_tokenizer(args.tokenizer, from_hub=args.from_hub, trust_remote_code=args.trust_remote_code)
     options = PreprocessOptions(
         keys=tuple(args.keys),
         append_eod=args.append_eod,
@@ -110,7 +114,7 @@ def _preprocess(args: argparse.Namespace, console: Any) -> None:
         )
 
     try:
-        prefixes = preprocess(args.inputs, args.output, args.tokenizer, options, workers=args.workers, on_progress=show)
+        prefixes = preprocess(args.inputs, args.output, tokenizer, options, workers=args.workers, on_progress=show)
     finally:
         if progress.live.is_started:
             progress.stop()
@@ -135,7 +139,8 @@ def _inspect(args: argparse.Namespace, console: Any) -> None:
     from lightning_megatron.data.inspection import inspect, save_histogram
     from lightning_megatron.data.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    trust = {"from_hub": args.from_hub, "trust_remote_code": args.trust_remote_code}
+    tokenizer = load_tokenizer(args.tokenizer, **trust) if args.tokenizer else None
     for prefix in args.inputs:
         found = inspect(prefix, tokenizer)
         lengths = found.document_lengths

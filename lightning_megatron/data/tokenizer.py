@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from lightning_megatron.data.indexed import PathLike
 from lightning_megatron.errors import DataError
+from lightning_megatron.json_files import check_regular
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -88,36 +89,87 @@ def train_byte_level_bpe(
     return path
 
 
-def load_tokenizer(source: PathLike | Tokenizer, *, local_only: bool = False) -> Any:
+def load_tokenizer(source: PathLike | Tokenizer, *, from_hub: bool = False, trust_remote_code: bool = False) -> Any:
     """A tokenizer from an `AutoTokenizer` directory or name, a `tokenizers` JSON file, or itself if it is one already.
-    Code of the tokenizer's own is never run, and never asked about.
 
     Args:
-        local_only: Take a name from the local cache alone, without the network.
+        from_hub: Fetch a name from the Hub. Without it a name is looked up among what was downloaded before, and no
+            connection is opened.
+        trust_remote_code: Run code of the tokenizer's own, if it has any. Without it that is an error, and nobody is
+            asked on the terminal.
 
     Raises:
         DataError: Nothing that can be loaded is there.
     """
     if not isinstance(source, (str, os.PathLike)):
         return source
+    path = Path(source)
+    named = not os.path.lexists(path)  # false for a name that is too long for a path
+    if named and (path.is_absolute() or len(path.parts) > 2 or not path.parts or path.parts[0] in (".", "..")):
+        raise DataError(f"No tokenizer could be loaded from {os.fspath(source)!r}: it does not exist. {_GIVE}")
+    if named and not from_hub:
+        path = _downloaded(os.fspath(source))
+    try:
+        if not named or not from_hub:
+            _check_files(path)
+        return _load(path if not (named and from_hub) else os.fspath(source), from_hub, trust_remote_code)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # transformers raises many kinds; tokenizers' panics are no Exception
+        reason = " ".join(str(error).split()).rstrip(".")
+        advice = _CODE if "trust_remote_code" in reason else _GIVE
+        raise DataError(
+            f"No tokenizer could be loaded from {os.fspath(source)!r} ({type(error).__name__}: {reason:.500}). {advice}"
+        ) from error
+
+
+_GIVE = "Give a directory that `save_pretrained` wrote, a tokenizer.json, or the name of one that was downloaded."
+_CODE = (
+    "It has code of its own, which is not run unless you trust it: --trust-remote-code, or "
+    "load_tokenizer(..., trust_remote_code=True)."
+)
+_FILES_LIMIT = 2**30
+"""Bytes of a tokenizer's file. The largest published ones have a fiftieth of it."""
+
+
+def _downloaded(name: str) -> Path:
+    """The directory of a name in the local cache; does not import transformers, which takes seconds."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, OSError, ValueError) as error:
+        raise DataError(
+            f"No tokenizer could be loaded from {name!r}: no such directory is here, and nothing of that name was "
+            "downloaded before. Names are not looked for on the Hub unless you ask: --from-hub, or "
+            "load_tokenizer(..., from_hub=True)."
+        ) from error
+
+
+def _check_files(path: Path) -> None:
+    """Raise ValueError for a file that is no regular one, which could have no end, or too large."""
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        is_read = file == path or file.suffix in (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
+        if is_read and not file.is_dir() and check_regular(file) > _FILES_LIMIT:
+            raise ValueError(f"{file.name} has {file.stat().st_size:,} bytes, more than {_FILES_LIMIT:,}")
+
+
+def _load(source: Path | str, from_hub: bool, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    path = Path(source)
-    try:
-        if path.is_file():
-            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path), name_or_path=str(path))
-            _adopt_special_tokens(tokenizer)
-            return tokenizer
-        if not path.exists() and (path.is_absolute() or len(path.parts) > 2 or path.parts[0] in (".", "..")):
-            raise FileNotFoundError("it does not exist")  # which transformers would take for a name on the hub
-        # Without trust_remote_code transformers asks on the terminal, and runs the code on "y".
-        return AutoTokenizer.from_pretrained(os.fspath(source), trust_remote_code=False, local_files_only=local_only)
-    except Exception as error:  # transformers and tokenizers raise many kinds, some of them plain Exception
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise DataError(
-            f"No tokenizer could be loaded from {os.fspath(source)!r} ({type(error).__name__}: {reason}). Give a "
-            "directory that `save_pretrained` wrote, a tokenizer.json, or a name that transformers knows."
-        ) from error
+    if isinstance(source, Path) and source.is_file():
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(source), name_or_path=str(source))
+        _adopt_special_tokens(tokenizer)
+        return tokenizer
+    if isinstance(source, str):
+        from huggingface_hub import model_info
+
+        model_info(source, timeout=10)  # without a network AutoTokenizer would try again for more than a minute
+    # Where trust_remote_code is left out, transformers asks on the terminal, and runs the code on "y".
+    return AutoTokenizer.from_pretrained(
+        os.fspath(source), trust_remote_code=trust_remote_code, local_files_only=not from_hub
+    )
 
 
 def _adopt_special_tokens(tokenizer: Any) -> None:
