@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,9 @@ from pathlib import Path
 from lightning_megatron.checkpoint.metadata import FILE, CheckpointMetadata, FileSum, remedy
 from lightning_megatron.checkpoint.run_state import OPTIMIZER_PREFIX, RNG
 from lightning_megatron.checkpoint.shard_files import CHECKSUM_FILE, INDEX_FILE, ShardFiles
+from lightning_megatron.checkpoint.trainer_state import read_trainer_state
 from lightning_megatron.errors import CheckpointError
+from lightning_megatron.json_files import check_regular
 
 LIGHTNING_FILE = "lightning.pt"
 SHARD_SUFFIX = ".distcp"
@@ -91,10 +94,34 @@ def open_checked(path: Path, rank: int = 0, size: int = 1) -> Opened:
     return Opened(metadata, files, small)
 
 
+def open_small(path: Path) -> tuple[CheckpointMetadata, dict[str, bytes]]:
+    """The metadata, and the contents of the files without shards, checked. Of files with shards, the size is.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or one of these files is damaged.
+    """
+    metadata = CheckpointMetadata.read(path)
+    small, damage = _compare(path, metadata, ())
+    if damage:
+        return open_checked(path).metadata, small  # raises, and names the damage of all files as a load does
+    if LIGHTNING_FILE not in small:
+        raise CheckpointError(_describe(path, [f"{FILE} has no checksum of {LIGHTNING_FILE}"]))
+    return metadata, small
+
+
 def verify(path: Path) -> list[str]:
     """Read every byte, as a load does; what is damaged, one line each, with the tensors that are hit."""
     try:
         open_checked(path)
+    except CheckpointError as error:
+        return str(error).splitlines()
+    return []
+
+
+def refused(path: Path) -> list[str]:
+    """Why the Trainer's state of a whole checkpoint is not loaded by default; nothing if it is."""
+    try:
+        read_trainer_state(path / LIGHTNING_FILE, open_small(path)[1][LIGHTNING_FILE], None)
     except CheckpointError as error:
         return str(error).splitlines()
     return []
@@ -108,18 +135,23 @@ def _compare(
     damage: dict[str, str] = {}
     for name, total in metadata.files.items():
         file = path / name
-        if Path(name).name != name or not file.is_file():
+        if Path(name).name != name or not os.path.lexists(file):
             damage[name] = f"{name} is missing"
             continue
         try:
-            if name.endswith(SHARD_SUFFIX):
-                known = file.stat().st_size != total.size or name not in shards
-                found = FileSum(file.stat().st_size, total.crc32) if known else FileSum.of(file)
+            size = check_regular(file)
+            if size != total.size or (name.endswith(SHARD_SUFFIX) and name not in shards):
+                found = FileSum(size, total.crc32)  # a file of another size is not read: it could fill the memory
+            elif name.endswith(SHARD_SUFFIX):
+                found = FileSum.of(file)
             else:
                 small[name] = file.read_bytes()
                 found = FileSum(len(small[name]), zlib.crc32(small[name]))
         except OSError as error:
             damage[name] = f"{name} cannot be read: {error.strerror}"
+            continue
+        except ValueError as error:
+            damage[name] = f"{name} cannot be read: {error}"
             continue
         if found.size != total.size:
             damage[name] = f"{name} has {found.size} bytes instead of {total.size}"

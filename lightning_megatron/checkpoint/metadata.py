@@ -100,7 +100,8 @@ class CheckpointMetadata:
         if not isinstance(found, int):
             raise CheckpointError(f"{directory / FILE} is damaged: format={found!r:.60}.{remedy(directory)}")
         whole = found > 0 and (found != FORMAT or _text(data).encode() == content)
-        if data.pop("crc32", None) != _crc32(data) and found != 1:  # which had none
+        crc32 = data.pop("crc32", None)
+        if crc32 != _crc32(data) and (found != 1 or crc32 is not None):  # format 1 had none
             whole = False
         if not whole:
             raise CheckpointError(f"{directory / FILE} is damaged: its own checksum does not match.{remedy(directory)}")

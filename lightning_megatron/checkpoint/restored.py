@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import pickle
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from lightning_megatron.checkpoint.io import LIGHTNING_FILE, load_weights
-from lightning_megatron.checkpoint.metadata import CheckpointMetadata
+from lightning_megatron.checkpoint.integrity import LIGHTNING_FILE, open_small
+from lightning_megatron.checkpoint.io import load_weights
 from lightning_megatron.checkpoint.run_state import RunState
+from lightning_megatron.checkpoint.trainer_state import read_trainer_state
 from lightning_megatron.errors import CheckpointError
 from lightning_megatron.lora import LoRAConfig
 from lightning_megatron.optim.config import OptimizerConfig
@@ -28,12 +26,13 @@ def module_from(kind: type[Any], path: Path, arguments: dict[str, Any]) -> Any:
     Raises:
         CheckpointError: no whole checkpoint, or one of another kind of model.
     """
-    model = CheckpointMetadata.read(path).model
+    metadata, small = open_small(path)
+    model = metadata.model
     expected = f"{kind.config_type.__name__.removesuffix('Config')}Module"
     if model.get("module") != expected:
         raise CheckpointError(f"{path} holds a {model.get('module')}, but {kind.__name__} is a {expected}.")
     parameters = [name for name in inspect.signature(kind.__init__).parameters if name != "self"]
-    saved = {name: value for name, value in _hyperparameters(path).items() if name in parameters}
+    saved = {name: value for name, value in _hyperparameters(path, small[LIGHTNING_FILE]).items() if name in parameters}
     if isinstance(saved.get("optimizer"), dict):
         saved["optimizer"] = OptimizerConfig(**saved["optimizer"])
     config = "config" if "config" in parameters else parameters[0]
@@ -55,11 +54,8 @@ def fill(module: Any, path: Path) -> None:
     load_weights(path, state, module.describe(), strategy.team, include=("*",), exclude=())
 
 
-def _hyperparameters(path: Path) -> dict[str, Any]:
+def _hyperparameters(path: Path, data: bytes) -> dict[str, Any]:
     """What ``save_hyperparameters`` kept, if it was called and all of it is plain."""
-    try:
-        saved = torch.load(path / LIGHTNING_FILE, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path / LIGHTNING_FILE} cannot be read: {error}") from error
+    saved = read_trainer_state(path / LIGHTNING_FILE, data, None)
     found = saved.get("hyper_parameters", {})
     return dict(found) if isinstance(found, dict) else {}

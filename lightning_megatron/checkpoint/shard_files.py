@@ -38,9 +38,12 @@ from lightning_megatron.checkpoint.metadata import FileSum, remedy
 from lightning_megatron.checkpoint.shard_index import read_index
 from lightning_megatron.checkpoint.summed_file import WrittenFile
 from lightning_megatron.errors import CheckpointError
+from lightning_megatron.json_files import check_regular, read_bounded
 
 INDEX_FILE = ".metadata"
 CHECKSUM_FILE = "checksums.json"
+_LARGEST = 2**30
+"""Bytes of an index that are read: those of 100,000 files of shards have a tenth of it."""
 _CORE_FILES = {
     "metadata.json": '{"sharded_backend": "torch_dist", "sharded_backend_version": 1, '
     '"common_backend": "torch", "common_backend_version": 1}',
@@ -181,7 +184,7 @@ class ShardFiles:
             CheckpointError: no index, a damaged one, or one that holds something other than an index.
         """
         try:
-            tensors, places = read_index((directory / INDEX_FILE).read_bytes() if index is None else index)
+            tensors, places = read_index(read_bounded(directory / INDEX_FILE, _LARGEST) if index is None else index)
             chunks: dict[str, list[StoredChunk]] = {key: [] for key in tensors}
             objects: dict[str, StoredObject] = {}
             for at in places:
@@ -192,7 +195,7 @@ class ShardFiles:
                 else:
                     objects[at.key] = StoredObject(at.file, at.start, at.length)
             if checksums is None and (directory / CHECKSUM_FILE).is_file():
-                checksums = (directory / CHECKSUM_FILE).read_bytes()
+                checksums = read_bounded(directory / CHECKSUM_FILE, _LARGEST)
             return cls(
                 directory,
                 {key: tensor.shape for key, tensor in tensors.items()},
@@ -206,7 +209,8 @@ class ShardFiles:
             raise CheckpointError(f"{directory} has no readable index {INDEX_FILE}: {error}") from error
         except Exception as error:  # a damaged pickle raises almost anything
             raise CheckpointError(
-                f"The index {directory / INDEX_FILE} is damaged or unsafe: {error}.{remedy(directory)}"
+                f"The index {directory / INDEX_FILE} is damaged or unsafe: {' '.join(str(error).split())}."
+                f"{remedy(directory)}"
             ) from error
 
     def check_whole(self, sums: Mapping[str, FileSum]) -> None:
@@ -219,10 +223,15 @@ class ShardFiles:
         for key, chunks in self.chunks.items():
             stored, needed = sum(chunk.box.numel for chunk in chunks), math.prod(self.shapes[key])
             if stored != needed:
-                raise CheckpointError(f"{self.directory} has {stored} elements of {key} instead of {needed}.")
+                raise CheckpointError(
+                    f"The index {self.directory / INDEX_FILE} has {stored} elements of {key} instead of {needed}."
+                    f"{remedy(self.directory)}"
+                )
             for chunk in chunks:
                 if chunk.start + chunk.length > sizes.get(chunk.file, 0):
-                    raise CheckpointError(f"{self.directory / chunk.file} ends before {key} does.")
+                    raise CheckpointError(
+                        f"{self.directory / chunk.file} ends before {key} does.{remedy(self.directory)}"
+                    )
 
     @cached_property
     def _maps(self) -> dict[str, memoryview]:
@@ -238,12 +247,18 @@ class ShardFiles:
         if name not in self._maps:
             path = self.directory / name
             if path.parent != self.directory:
-                raise CheckpointError(f"{self.directory} names a file outside of it: {name}.")
+                raise CheckpointError(
+                    f"The index {self.directory / INDEX_FILE} names a file outside of the checkpoint: {name!r:.80}."
+                    f"{remedy(self.directory)}"
+                )
             try:
+                check_regular(path)  # to open a pipe could wait for ever
                 with open(path, "rb") as file:
                     self._maps[name] = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
             except (OSError, ValueError) as error:
-                raise CheckpointError(f"{path}, which holds shards, cannot be read: {error}.") from error
+                raise CheckpointError(
+                    f"{path}, which holds shards, cannot be read: {error}.{remedy(self.directory)}"
+                ) from error
         return self._maps[name]
 
     def object_bytes(self, key: str) -> bytes:
@@ -255,7 +270,9 @@ class ShardFiles:
         place = self.objects[key]
         data = bytes(self._map(place.file)[place.start : place.start + place.length])
         if len(data) != place.length:
-            raise CheckpointError(f"{self.directory / place.file} is cut short, before the end of {key}.")
+            raise CheckpointError(
+                f"{self.directory / place.file} is cut short, before the end of {key}.{remedy(self.directory)}"
+            )
         return data
 
     def read(self, key: str, box: Box, into: Tensor) -> int:
@@ -287,7 +304,10 @@ class ShardFiles:
             values = _payload(data, numel * dtype.itemsize, crc32, check=chunk.file not in self.trusted)
             if values is not None:
                 return torch.frombuffer(values, dtype=dtype, count=numel).view(chunk.box.sizes)
-            return torch.load(BytesIO(data), map_location="cpu", weights_only=True).view(chunk.box.sizes)
+            found = torch.load(BytesIO(data), map_location="cpu", weights_only=True)
+            if type(found) is not Tensor or found.dtype != dtype:
+                raise ValueError(f"there is no tensor of {dtype}")
+            return found.view(chunk.box.sizes)
         except Exception as error:  # a damaged archive raises almost anything
             raise CheckpointError(
                 f"{self.directory / chunk.file} is damaged in {chunk.key} {list(chunk.box.offsets)}: "

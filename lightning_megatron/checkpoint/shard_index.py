@@ -7,6 +7,7 @@ crafted index reaches nothing of the process: neither a constructor nor, by pick
 from __future__ import annotations
 
 import pickle
+import pickletools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
@@ -28,6 +29,18 @@ _OTHERS = frozenset(
         *(("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")),
         # Megatron-LM's own remarks in its indices.
         *(("pathlib", "PosixPath"), ("pathlib", "Path"), ("pathlib._local", "PosixPath")),
+    )
+)
+
+
+_PUTS = frozenset(("PUT", "BINPUT", "LONG_BINPUT"))
+_OPERATIONS = _PUTS | frozenset(
+    (
+        *("PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "DUP", "MEMOIZE", "GET", "BINGET", "LONG_BINGET"),
+        *("NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "BINFLOAT"),
+        *("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES"),
+        *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "LIST", "APPEND", "APPENDS"),
+        *("EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD"),
     )
 )
 
@@ -63,12 +76,25 @@ def read_index(data: bytes) -> tuple[dict[str, IndexedTensor], list[Place]]:
         IndexFormatError: it holds anything else.
         Exception: of any kind, for a damaged pickle.
     """
+    _check_operations(data)
     index = _Unpickler(BytesIO(data)).load()
     tensors = {}
     for key, value in _fields(index, "Metadata")["state_dict_metadata"].items():
         if type(value).__name__ == "TensorStorageMetadata":
             tensors[_typed(key, str)] = _tensor(value)
     return tensors, list(_places(_fields(index, "Metadata")["storage_data"]))
+
+
+def _check_operations(data: bytes) -> None:
+    """Refuse what no index holds, before anything is built: calls by other names, and memo entries far apart.
+
+    The interpreter keeps the memo as an array, so an entry at 4 billion, which takes 5 bytes, would take 32 GiB.
+    """
+    for operation, argument, _ in pickletools.genops(data):
+        if operation.name not in _OPERATIONS:
+            raise IndexFormatError(f"there is {operation.name} in its pickle, which no index has")
+        if operation.name in _PUTS and int(argument) > len(data):
+            raise IndexFormatError(f"there is a memo entry {argument} in a pickle of {len(data)} bytes")
 
 
 class _Record:

@@ -51,7 +51,8 @@ def read_trainer_state(file: Path, data: bytes, weights_only: bool | None) -> di
             f"you trust it, pass weights_only=False. ({str(error).splitlines()[0]})"
         ) from error
     except Exception as error:  # a damaged pickle raises almost anything
-        raise CheckpointError(f"{file} is damaged: {error}.{remedy(file.parent)}") from error
+        text = " ".join(str(error).split())
+        raise CheckpointError(f"{file} is damaged: {text}.{remedy(file.parent)}") from error
     if not isinstance(state, dict):
         found = type(state).__name__
         raise CheckpointError(f"{file} is damaged: it holds {found} instead of dict.{remedy(file.parent)}")
@@ -66,9 +67,11 @@ def _check_plain(state: Any) -> None:
         if type(value) in _SCALARS or id(value) in seen:
             continue
         seen.add(id(value))
+        # Attributes that the pickle has set on an object may hide its methods, so those of the class are asked.
+        waiting.extend(getattr(value, "__dict__", {}).values())
         if type(value) in _MAPPINGS:
-            waiting.extend(value.keys())
-            waiting.extend(value.values())
+            waiting.extend(dict.keys(value))
+            waiting.extend(dict.values(value))
         elif type(value) in _SEQUENCES:
             waiting.extend(value)
         elif type(value) not in _TENSORS or value.layout is not torch.strided or value.is_quantized:

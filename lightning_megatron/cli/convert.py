@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         return _run(args)
     except (CheckpointError, LayoutError, DataError, ValueError, OSError) as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        print("error:", *(printable(line.strip()) for line in str(error).splitlines()), file=sys.stderr)
         return 2
 
 

@@ -163,12 +163,12 @@ def _selftest_findings(result: SelfTest) -> list[Finding]:
 
 
 def _examine(path: Path) -> bool:
-    from lightning_megatron.checkpoint.integrity import contents, verify
+    from lightning_megatron.checkpoint.integrity import contents, refused, verify
 
     damage = verify(path)
-    if damage:
-        print(f"{path}: DAMAGED", file=sys.stderr)
-        for line in damage:
+    if problems := damage or refused(path):
+        print(f"{path}: {'DAMAGED' if damage else 'WHOLE, BUT NOT LOADED BY DEFAULT'}", file=sys.stderr)
+        for line in problems:
             print(printable(f"  {line}"), file=sys.stderr)
         return False
     found = contents(path)

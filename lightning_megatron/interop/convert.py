@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_megatron.checkpoint.integrity import LIGHTNING_FILE
 from lightning_megatron.checkpoint.metadata import FILE as OUR_FILE
 from lightning_megatron.checkpoint.publish import partial_path, publish, remove
 from lightning_megatron.errors import CheckpointError
@@ -250,7 +252,7 @@ def open_model(
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
         raise CheckpointError(f"{path} {what}; give a directory.")
-    if (path / OUR_FILE).is_file():
+    if os.path.lexists(path / OUR_FILE) or (path / LIGHTNING_FILE).is_file():  # ours, whole or not
         return ShardedCheckpoint.open_ours(path, exact=exact)
     if (path / CONFIG_FILE).is_file():
         return HuggingFaceDirectory.open(path)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_megatron.backends.shards import Box
+from lightning_megatron.checkpoint.integrity import open_checked
 from lightning_megatron.checkpoint.io import Snapshot, pickled
 from lightning_megatron.checkpoint.metadata import CheckpointMetadata, versions
 from lightning_megatron.checkpoint.publish import partial_path, publish, remove
@@ -62,19 +63,15 @@ class ShardedCheckpoint:
             exact: whether to take the optimizer's fp32 copies of 16-bit weights.
 
         Raises:
-            CheckpointError: no whole checkpoint, or a model that cannot be converted.
+            CheckpointError: no whole checkpoint, a damaged one, or a model that cannot be converted.
         """
-        metadata = CheckpointMetadata.read(path)
+        checked = open_checked(path)
+        metadata = checked.metadata
         identity = described(metadata.model, path)
         tokenizer = Path(metadata.tokenizer.get("source") or ".")
         if tokenizer.is_absolute() and tokenizer.is_dir():
             identity = replace(identity, files=tokenizer)
-        for name, total in metadata.files.items():
-            size = (path / name).stat().st_size if (path / name).is_file() else None
-            if size != total.size:
-                found = "is missing" if size is None else f"has {size} bytes instead of {total.size}"
-                raise CheckpointError(f"The checkpoint {path} is damaged: {name} {found}.")
-        opened = cls._open(path, exact, lambda specs: identity)
+        opened = cls._open(checked.files, exact, lambda specs: identity)
         adapters = {name: spec for name, spec in opened.specs.items() if is_adapter(name)}
         opened = replace(opened, ours=True)
         if not adapters:
@@ -107,13 +104,13 @@ class ShardedCheckpoint:
             identity = from_args(common.get("args"), specs, vocab_size, path)
             return replace(identity, iteration=int(common.get("iteration") or 0))
 
-        return cls._open(path, False, identify)
+        return cls._open(ShardFiles.open(path), False, identify)
 
     @classmethod
     def _open(
-        cls, path: Path, exact: bool, identify: Callable[[Mapping[str, CoreSpec]], Identity]
+        cls, files: ShardFiles, exact: bool, identify: Callable[[Mapping[str, CoreSpec]], Identity]
     ) -> ShardedCheckpoint:
-        files = ShardFiles.open(path)
+        path = files.directory
         specs: dict[str, CoreSpec] = {}
         places: dict[str, tuple[str, int | None]] = {}
         for key in filter(is_weight, files.shapes):

@@ -25,9 +25,11 @@ class Case:
     precision: str = "32-true"
     ddp: dict[str, Any] = field(default_factory=dict)
 
+    seed: int = 7
+
     def strategy(self) -> lm.MegatronStrategy:
         return lm.MegatronStrategy(
-            **self.layout, micro_batch_size=2, use_distributed_optimizer=self.distributed, ddp=self.ddp, seed=7
+            **self.layout, micro_batch_size=2, use_distributed_optimizer=self.distributed, ddp=self.ddp, seed=self.seed
         )
 
 

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import copyreg
 import importlib
-import json
 import os
 import pickle
+import re
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path, PosixPath
 from typing import Any
 
 import pytest
 import torch
 
-from lightning_megatron.checkpoint import average, consolidate, metadata, verify
+from lightning_megatron.checkpoint import average, consolidate, verify
 from lightning_megatron.checkpoint.integrity import LIGHTNING_FILE, open_checked
-from lightning_megatron.checkpoint.metadata import FILE, CheckpointMetadata
+from lightning_megatron.checkpoint.metadata import CheckpointMetadata
+from lightning_megatron.checkpoint.shard_files import INDEX_FILE, ShardFiles
 from lightning_megatron.checkpoint.shard_index import read_index
 from lightning_megatron.checkpoint.summed_file import write_file
 from lightning_megatron.checkpoint.together import Alone
 from lightning_megatron.checkpoint.trainer_state import read_trainer_state
 from lightning_megatron.errors import CheckpointError
+from lightning_megatron.interop import safe_pickle
+from tests.checkpoint import crafted
+from tests.checkpoint.damages import Others, as_format_2, damages
+from tests.checkpoint.readers import Outcomes, read_all
 from tests.checkpoint.runs import Case, make_module, make_trainer, train
 from tests.helpers import SharedLoader
 from tests.ranks import RankPool
@@ -43,56 +50,10 @@ def checkpoints(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tu
     return directory / "four.ckpt", directory / "two.ckpt"
 
 
-@dataclass(frozen=True)
-class Damage:
-    """One way to damage one file."""
-
-    name: str
-    kind: str
-    at: float = 0.0
-
-    def _neighbour(self, path: Path) -> Path:
-        after = sorted(p for p in path.iterdir() if p.suffix == Path(self.name).suffix)
-        return after[(after.index(path / self.name) + 1) % len(after)]
-
-    def names(self, path: Path) -> tuple[str, ...]:
-        """The files that are damaged: two where they are swapped, of which the manifest may be one."""
-        return (self.name, self._neighbour(path).name) if self.kind == "swap" else (self.name,)
-
-    def apply(self, path: Path, other: Path) -> bool:
-        """Whether anything changed."""
-        file = path / self.name
-        before = file.read_bytes()
-        if self.kind == "delete":
-            file.unlink()
-            return True
-        if self.kind == "copy":
-            shutil.copy(other / self.name, file)
-        elif self.kind == "swap":
-            neighbour = self._neighbour(path)
-            file.write_bytes(neighbour.read_bytes())
-            neighbour.write_bytes(before)
-        else:
-            place = min(int(self.at * len(before)), len(before) - 1)
-            data = bytearray(before)
-            if self.kind == "flip":
-                data[place] ^= 1 << (place % 8)
-            elif self.kind == "zero":
-                data[place : place + 64] = bytes(len(data[place : place + 64]))
-            elif self.kind == "truncate":
-                del data[place:]
-            else:
-                data.append(0)
-            file.write_bytes(data)
-        return file.read_bytes() != before
-
-
-def _damages(path: Path, places: int) -> Iterator[Damage]:
-    for name in sorted(file.name for file in path.iterdir()):
-        yield from (Damage(name, kind) for kind in ("delete", "copy", "swap", "append"))
-        for place in range(places):
-            yield from (Damage(name, kind, (place + 0.37) / places) for kind in ("flip", "zero", "truncate"))
-        yield from (Damage(name, "flip", 1.0), Damage(name, "truncate", 1.0))
+def _flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
 
 
 def _load(path: Path) -> None:
@@ -104,46 +65,57 @@ def _load(path: Path) -> None:
             opened.files.load(chunk)
 
 
-def _sweep(checkpoints: tuple[Path, Path], tmp_path: Path, places: int) -> dict[str, int]:
+def _sweep(path: Path, others: Others, scratch: Path, share: int, only: Sequence[str] = ()) -> Outcomes:
+    """Let readers read a checkpoint with one in ``share`` of all damages, each by itself."""
+    return read_all(path, list(damages(path, others))[::share], scratch, only)
+
+
+def _assert_all_named(outcomes: Outcomes, least: int) -> None:
+    assert outcomes.bad == []
+    assert outcomes.counts["tried"] >= least
+    assert outcomes.counts.keys() == {"tried", "named"}
+
+
+def test_damage_is_named(ranks: RankPool, checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
     path, other = checkpoints
-    counts = {"tried": 0, "named": 0, "unclear": 0, "silent": 0, "differ": 0}
-    for damage in _damages(path, places):
-        damaged = tmp_path / "damaged"
-        shutil.rmtree(damaged, ignore_errors=True)
-        shutil.copytree(path, damaged)
-        if not damage.apply(damaged, other):
-            continue
-        counts["tried"] += 1
-        found = verify(damaged)
-        try:
-            _load(damaged)
-        except CheckpointError as error:
-            counts["differ"] += str(error).splitlines() != found
-            named = any(name in str(error) for name in damage.names(path))
-            clear = str(damaged) in str(error) and named and REMEDY in str(error)
-            counts["named" if clear else "unclear"] += 1
-            if not clear:
-                print(damage, error)
-        except Exception:
-            counts["unclear"] += 1
-        else:
-            counts["silent"] += 1
-    print(counts)
-    return counts
+    readers = ("fit", "doctor")
+    (found,) = ranks.run(_sweep, 1, path, Others(other, other, other), tmp_path, 8, readers)
+    _assert_all_named(found, 60)
+    assert found.counts["named"] == found.counts["tried"] * len(readers)
 
 
-def _assert_all_named(counts: dict[str, int]) -> None:
-    assert counts["tried"] > 0
-    assert counts == {"tried": counts["tried"], "named": counts["tried"], "unclear": 0, "silent": 0, "differ": 0}
+LAYOUTS = {
+    "one": Case(),
+    "tp2": Case(2, {"tensor_model_parallel_size": 2}),
+    "pp2_dp2": Case(4, {"pipeline_model_parallel_size": 2}, distributed=True),
+}
 
 
-def test_damage_is_named(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
-    _assert_all_named(_sweep(checkpoints, tmp_path, 2))
+def _three(case: Case, directory: Path) -> None:
+    train(case, 2, save=directory / "two.ckpt")
+    train(case, 4, save=directory / "four.ckpt")
+    train(replace(case, seed=8), 4, save=directory / "seed.ckpt")
 
 
 @pytest.mark.slow
-def test_damage_is_named_everywhere(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
-    _assert_all_named(_sweep(checkpoints, tmp_path, 40))
+@pytest.mark.timeout(3600)
+def test_damage_is_named_by_every_reader(ranks: RankPool, tmp_path: Path) -> None:
+    for name, case in LAYOUTS.items():
+        ranks.run(_three, case.world, case, tmp_path / name)
+        for path in [*(tmp_path / name).iterdir()]:
+            old = tmp_path / f"{name}_2" / path.name
+            shutil.copytree(path, old)
+            as_format_2(old)
+    tried = 0
+    for name in LAYOUTS:
+        for suffix in ("", "_2"):
+            directory = tmp_path / f"{name}{suffix}"
+            layout = tmp_path / f"{'tp2' if name == 'one' else 'one'}{suffix}"
+            others = Others(directory / "two.ckpt", directory / "seed.ckpt", layout / "four.ckpt")
+            (found,) = ranks.run(_sweep, 1, directory / "four.ckpt", others, tmp_path, 3, timeout=900.0)
+            _assert_all_named(found, 150)
+            tried += found.counts["tried"]
+    assert tried >= 1000
 
 
 def test_whole_checkpoints_load(checkpoints: tuple[Path, Path]) -> None:
@@ -158,10 +130,7 @@ def test_whole_checkpoints_load(checkpoints: tuple[Path, Path]) -> None:
 def test_format_2_still_loads(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
     old = tmp_path / "old"
     shutil.copytree(checkpoints[0], old)
-    data = json.loads((old / FILE).read_text()) | {"format": 2}
-    del data["id"], data["crc32"]
-    data["crc32"] = metadata._crc32(data)
-    (old / FILE).write_text(json.dumps(data))
+    as_format_2(old)
     assert verify(old) == []
     _load(old)
     shutil.copy(checkpoints[1] / LIGHTNING_FILE, old)
@@ -184,7 +153,7 @@ def test_a_fit_names_damage_on_every_rank(ranks: RankPool, checkpoints: tuple[Pa
         damaged = tmp_path / name.strip(".")
         shutil.copytree(checkpoints[0], damaged)
         if name in (".metadata", "checksums.json"):  # the same in both, or of another size
-            assert Damage(name, "flip", 0.5).apply(damaged, checkpoints[1])
+            _flip(damaged / name)
         else:
             shutil.copy(checkpoints[1] / name, damaged)
         first, second = ranks.run(_resume, 2, damaged)
@@ -196,7 +165,7 @@ def test_a_fit_names_damage_on_every_rank(ranks: RankPool, checkpoints: tuple[Pa
 def test_tools_raise_one_error(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
     bad = tmp_path / "bad"
     shutil.copytree(checkpoints[0], bad)
-    Damage(LIGHTNING_FILE, "flip", 0.5).apply(bad, checkpoints[1])
+    _flip(bad / LIGHTNING_FILE)
     tools: list[Callable[[], None]] = [
         lambda: average([checkpoints[1], bad], tmp_path / "mean"),
         lambda: consolidate(bad, tmp_path / "one.safetensors"),
@@ -228,6 +197,70 @@ def test_an_index_sets_no_attributes_of_classes(module: str, name: str) -> None:
     with pytest.raises((TypeError, ValueError)):
         read_index(_set_attribute(module, name, "crafted"))
     assert not hasattr(getattr(importlib.import_module(module), name), "crafted")
+
+
+def _reports(reader: Callable[[], object]) -> list[str]:
+    """The lines of a reader's error, if it raises."""
+    try:
+        reader()
+    except CheckpointError as error:
+        return str(error).strip().splitlines()
+    return []
+
+
+def test_pickles_call_nothing(tmp_path: Path) -> None:
+    """In every place from which a file's pickle is read: the index, the Trainer's state, and files of Megatron-LM."""
+    for code, name in ((0xF0, "fire"), (0xF0F0, "Fires"), (0x0FF0F0F0, "Fires.__call__")):
+        copyreg.add_extension(crafted.HERE, name, code)
+    every = list(crafted.pickles())
+    assert len(every) > 120
+    loaded = set()
+    file = tmp_path / "model_optim_rng.pt"
+    for name, content in every:
+        (tmp_path / INDEX_FILE).write_bytes(content)
+        readers: list[Callable[[], object]] = [lambda: ShardFiles.open(tmp_path)]
+        for form in (crafted.archive, crafted.old_archive):
+            data = form(content)
+            readers += [
+                lambda data=data: read_trainer_state(tmp_path / LIGHTNING_FILE, data, None),
+                lambda data=data: safe_pickle.load(file.write_bytes(data) and file),
+            ]
+        for place, reader in enumerate(readers):
+            lines = _reports(reader)
+            assert len(lines) < 2, lines
+            if not lines:
+                loaded.add((place, name))
+            assert crafted.FIRED == [], (place, name)
+    assert not hasattr(OrderedDict, "crafted")
+    plain = {"protocol 255"}
+    assert {name for place, name in loaded if place in (0, 1, 3)} == plain  # files of this package
+    inert = {
+        *plain,
+        "deep tuples",
+        "deep lists",
+        "memo entry of 4 billion",
+        "list in itself",
+        "a dictionary that hides its values",
+    }
+    assert {name for _, name in loaded if not name.startswith("numpy")} <= inert
+
+
+def test_a_crafted_checkpoint_calls_nothing(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
+    """As the ones before, in checkpoints whose manifest matches, also where a tensor should be."""
+    path = tmp_path / "crafted"
+    shutil.copytree(checkpoints[0], path)
+    whole = {name: (path / name).read_bytes() for name in (INDEX_FILE, LIGHTNING_FILE, "__0_0.distcp")}
+    first = min((c for chunks in ShardFiles.open(path).chunks.values() for c in chunks if c.file == "__0_0.distcp"),
+                key=lambda chunk: chunk.start)  # fmt: skip
+    for name, content in [found for found in crafted.pickles() if len(found[1]) < 4000][::9]:
+        shard = crafted.archive(content, size=first.length) + whole[first.file][first.length :]
+        for file, data in ((INDEX_FILE, content), (LIGHTNING_FILE, crafted.archive(content)), (first.file, shard)):
+            (path / file).write_bytes(data)
+            crafted.sign(path)
+            with pytest.raises(CheckpointError, match=re.escape(str(path))):
+                _load(path)
+            assert crafted.FIRED == [], (file, name)
+            (path / file).write_bytes(whole[file])
 
 
 def test_an_index_of_other_types_is_refused() -> None:
