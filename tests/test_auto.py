@@ -98,8 +98,17 @@ def test_a_batch_that_is_not_known_is_assumed_and_told() -> None:
     ],
 )
 def test_every_model_of_the_package(model: Any) -> None:
-    layout = choose(work(model), H100, Constraints()).layout
-    assert layout.pipeline_model_parallel_layout is None or isinstance(model, lm.GPTConfig)
+    choice = choose(work(model), H100, Constraints())
+    assert choice.layout == lm.ParallelLayout()
+    assert choice.micro_batch_size == 16  # 128 samples over 8 replicas
+
+
+def test_stages_are_uneven_for_decoders_alone() -> None:
+    """26 layers over 4 stages, with embedding and loss as a layer each: 6, 7, 7, 6."""
+    four = Constraints(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=1)
+    assert choose(work(lm.GPTConfig.gpt2("medium", num_layers=26)), H100, four).layout.pipeline_model_parallel_layout
+    with pytest.raises(lm.LayoutError, match="No layout gives each pipeline stage the same number of the 26 layers"):
+        choose(work(lm.BertConfig.megatron("345m", num_layers=26)), H100, four)
 
 
 def test_on_a_cpu_nothing_overlaps_and_no_mfu_is_claimed() -> None:

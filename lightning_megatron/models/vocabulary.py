@@ -51,7 +51,10 @@ def draw_vocabulary(chunk: Any, config: TransformerModelConfig, context: BuildCo
         for name in ("position_embeddings", "tokentype_embeddings"):
             table = getattr(chunk.embedding, name, None)
             if table is not None:
-                core.embedding_init_method(table.weight)
+                fresh = torch.nn.Embedding(*table.weight.shape)  # whose own draws megatron-core's precede
+                core.embedding_init_method(fresh.weight)
+                with torch.no_grad():
+                    table.weight.copy_(fresh.weight)
     output = getattr(chunk, "output_layer", None) if chunk.post_process else None
     if output is None or output.weight is None:
         return

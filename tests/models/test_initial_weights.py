@@ -13,7 +13,7 @@ from tests.checkpoint.runs import Case, make_trainer, tensors
 
 SIZES: dict[str, Any] = {"num_layers": 2, "hidden_size": 12, "num_attention_heads": 4, "max_position_embeddings": 17}
 """97 rows of 12: no multiple of the 16 numbers that torch draws at a time."""
-VOCABULARY = {"vocab_size": 97, "make_vocab_size_divisible_by": 7}
+VOCABULARY = {"vocab_size": 97, "make_vocab_size_divisible_by": 35}
 
 
 def gpt(**changes: Any) -> lm.MegatronModule:
@@ -59,6 +59,10 @@ def save_new(directory: Path, names: list[str], world: int, layout: dict[str, An
         trainer = make_trainer(Case(world, sizes), max_steps=1)
         trainer.validate(module, [], verbose=False)
         trainer.save_checkpoint(directory / name, weights_only=True)
+
+
+def test_the_layouts_pad_the_vocabulary_otherwise() -> None:
+    assert [gpt().config.padded_vocab_size(tp) for tp in (1, 2, 4)] == [105, 140, 140]
 
 
 def assert_equal_weights(ranks: Any, path: Path, names: list[str], layouts: list[str]) -> None:
