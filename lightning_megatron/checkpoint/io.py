@@ -40,6 +40,7 @@ from lightning_megatron.checkpoint.together import Team
 from lightning_megatron.checkpoint.trainer_state import read_trainer_state
 from lightning_megatron.errors import CheckpointError
 from lightning_megatron.layout import ParallelLayout
+from lightning_megatron.lora import is_adapter
 
 # ------------------------------------------------------------------------------------------------------------- save
 
@@ -200,8 +201,7 @@ def load(
     def fill() -> None:
         _fill(files, weights)
         state.masters_from_weights()
-        if kind is not WeightsKind.AVERAGES:
-            _fill(files, state.wanted_masters())
+        _fill(files, state.wanted_masters(kind))
         _fill(files, moments)
         if averages is not None:
             averages.start_from_weights()
@@ -233,6 +233,8 @@ def load_weights(
 ) -> list[str]:
     """Fill the weights whose names match a pattern of ``include`` and none of ``exclude``; their names, of all ranks.
 
+    From a checkpoint without adapters of LoRA, a model that has some takes the other weights.
+
     Raises:
         CheckpointError: a weight that was asked for is missing there or has another shape, or none was asked for.
     """
@@ -248,6 +250,9 @@ def load_weights(
     if not everywhere:
         raise CheckpointError(f"No weight of the model matches {list(include)} without {list(exclude)}.")
     saved = {name: shape for name, shape in files.shapes.items() if not name.startswith((OPTIMIZER_PREFIX, RNG))}
+    if not any(is_adapter(name) for name in saved):  # adapters of LoRA begin on top of a model without any
+        base = {name: shape for name, shape in everywhere.items() if not is_adapter(name)}
+        everywhere = base or everywhere
     found = Mismatch.between(everywhere, saved, same_vocabulary=_same_vocabulary(metadata.model, model))
     if found.missing or found.reshaped:
         raise CheckpointError(found.describe(path))

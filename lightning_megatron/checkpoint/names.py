@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_megatron.backends.shards import Shard, Sizes
+from lightning_megatron.lora import is_adapter
 
 _SHOWN = 10
 
@@ -43,6 +44,8 @@ class Mismatch:
 
     def describe(self, path: Path) -> str:
         """All of it, with the nearest names in the checkpoint beside those that are missing there."""
+        if not self.reshaped and (remedy := self._adapters(path)):
+            return remedy
         lines = [f"The checkpoint at {path} is of another model."]
         if self.missing:
             near = {name: difflib.get_close_matches(name, self.unexpected, n=1) for name in self.missing[:_SHOWN]}
@@ -63,6 +66,25 @@ class Mismatch:
         advice = "" if self.reshaped else ", or load with strict=False"
         lines.append(f"Build the model with the configuration in its lightning_megatron.json{advice}.")
         return "\n".join(lines)
+
+    def _adapters(self, path: Path) -> str:
+        """What to do if the model and the checkpoint differ in their adapters of LoRA alone."""
+        missing, unexpected = (
+            [name for name in names if not name.startswith("optimizer.")] for names in (self.missing, self.unexpected)
+        )
+        if missing and not unexpected and all(map(is_adapter, missing)):
+            return (
+                f"The checkpoint at {path} has no adapters of LoRA, but this model has lora=LoRAConfig(...). To train "
+                "adapters on top of its weights, leave ckpt_path out and start from them with "
+                f"callbacks=[lightning_megatron.callbacks.InitialWeights({str(path)!r})]."
+            )
+        if unexpected and not missing and all(map(is_adapter, unexpected)):
+            return (
+                f"The checkpoint at {path} has adapters of LoRA, but this model has none. Set module.lora to the "
+                "LoRAConfig in its lightning_megatron.json before the module is built, or merge the adapters into the "
+                "weights with `lightning-megatron convert`."
+            )
+        return ""
 
 
 def _sorted(names: Iterable[str]) -> list[str]:

@@ -139,12 +139,14 @@ class RunState:
                 for shard in piece.shards(prefix, average.detach().view(-1)):
                     yield Wanted(shard, (shard.key,))
 
-    def wanted_masters(self) -> Iterator[Wanted]:
-        """fp32 copies of 16-bit weights; from the weights themselves if the checkpoint has no copies."""
+    def wanted_masters(self, kind: WeightsKind = WeightsKind.TRAINED) -> Iterator[Wanted]:
+        """fp32 copies of 16-bit weights; from the weights themselves if the checkpoint has no copies, and from averages
+        of weights, which are fp32."""
         for state in self._parameter_states():
             if state.is_master:
                 for shard in self._optimizer_shards(state, "fp32_param", state.stepped):
-                    yield Wanted(shard, (shard.key, shard.key.removeprefix(MASTER)))
+                    weight = shard.key.removeprefix(MASTER)
+                    yield Wanted(shard, (weight,) if kind is WeightsKind.AVERAGES else (shard.key, weight))
 
     def wanted_moments(self) -> Iterator[Wanted]:
         """The optimizer's averages of gradients, which are there, as after zero steps, from now on."""

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import lightning_megatron as lm
+from lightning_megatron.callbacks import InitialWeights
 from lightning_megatron.checkpoint.run_state import MASTER
 from lightning_megatron.checkpoint.shard_files import ShardFiles
 from lightning_megatron.interop.convert import open_model, structure
@@ -246,6 +247,97 @@ def test_replicas_and_virtual_stages(ranks: RankPool, case: Case, tmp_path: Path
     torch.testing.assert_close(losses, expected, atol=1e-5, rtol=0)
     here = ranks.run(four_steps, 1, ONE, LORA, {}, str(tmp_path / "many"), True)[0]
     torch.testing.assert_close(here, (expected[2:], norms[2:]), atol=1e-4, rtol=0)
+
+
+def base(path: str) -> float:
+    """Train all weights and save them; the loss of a batch with them."""
+    module = lm.GPTModule(tiny_config(), lm.OptimizerConfig(lr=1e-2))
+    trainer = make_trainer(ONE, max_steps=2)
+    trainer.fit(module, SharedLoader(module))
+    trainer.save_checkpoint(path)
+    return float(trainer.validate(module, SharedLoader(module, length=8), verbose=False)[0]["val_loss"])
+
+
+def on_top(case: Case, path: str, again: bool = False) -> Any:
+    """Losses of adapters on top of a checkpoint without any, and whether nothing else has moved; on every rank."""
+    module: Any
+    if again:
+        module, callbacks = lm.GPTModule.load_from_checkpoint(path, optimizer=lm.OptimizerConfig(lr=1e-2)), []
+    else:
+        module, callbacks = lm.GPTModule(tiny_config(), lm.OptimizerConfig(lr=1e-2)), [InitialWeights(path)]
+    module.lora = LORA
+    kept, record = Kept(), Record()
+    trainer = make_trainer(case, *callbacks, kept, record, max_steps=3)
+    trainer.fit(module, SharedLoader(module))
+    moved = {name for name, weight in module.named_parameters() if not torch.equal(weight, kept.weights[name])}
+    return record.losses, bool(moved) and all(map(is_adapter, moved))
+
+
+class Kept(pl.Callback):
+    """The weights before the first step."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.weights = {name: weight.detach().clone() for name, weight in pl_module.named_parameters()}
+
+
+def refused(lora: lm.LoRAConfig | None, path: str) -> str:
+    module = lm.GPTModule(tiny_config(), lm.OptimizerConfig(lr=1e-2))
+    module.lora = lora
+    try:
+        make_trainer(Case(2, TP2), max_steps=3).fit(module, SharedLoader(module), ckpt_path=path)
+    except lm.CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def adapters_alone(path: str) -> str:
+    module = lm.GPTModule(tiny_config(), lm.OptimizerConfig(lr=1e-2))
+    module.lora = LORA
+    try:
+        make_trainer(ONE, InitialWeights(path, include=("*lora_*",)), max_steps=1).fit(module, SharedLoader(module))
+    except lm.CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def test_adapters_on_top_of_a_checkpoint_without_any(ranks: RankPool, tmp_path: Path) -> None:
+    path, adapted = str(tmp_path / "base"), str(tmp_path / "adapted")
+    loss = ranks.run(base, 1, path)[0]
+    expected, only = ranks.run(on_top, 1, ONE, path)[0]
+    assert only
+    assert expected[0] == pytest.approx(loss, abs=1e-6)  # adapters begin with nothing
+    assert expected[2] < expected[0] - 1e-3
+    assert ranks.run(on_top, 1, ONE, path, True)[0] == (expected, True)
+    for losses, only in ranks.run(on_top, 2, Case(2, TP2_SP), path):
+        torch.testing.assert_close(losses, expected, atol=1e-5, rtol=0)
+        assert only
+    for message in ranks.run(refused, 2, LORA, path):
+        assert "has no adapters of LoRA" in message
+        assert f"InitialWeights('{path}')" in message
+    assert "missing in it" in ranks.run(adapters_alone, 1, path)[0]
+    ranks.run(four_steps, 1, ONE, LORA, {}, adapted, False)
+    for message in ranks.run(refused, 2, None, adapted):
+        assert "Set module.lora to the LoRAConfig" in message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(2, PP2_VPP2),
+        Case(2, distributed=True, ddp=OVERLAP),
+        Case(2, TP2, precision="bf16-mixed"),
+        Case(2, distributed=True, ddp=OVERLAP, precision="bf16-mixed"),
+    ],
+    ids=["pp2_vpp2", "dp2", "tp2_bf16", "dp2_bf16"],
+)
+def test_adapters_on_top_at_more_layouts(ranks: RankPool, case: Case, tmp_path: Path) -> None:
+    path = str(tmp_path / "base")
+    ranks.run(base, 1, path)
+    expected = ranks.run(on_top, 1, ONE, path)[0][0]
+    for losses, only in ranks.run(on_top, 2, case, path):
+        torch.testing.assert_close(losses, expected, atol=1e-5 if case.precision == "32-true" else 0.02, rtol=0)
+        assert only
 
 
 @pytest.mark.slow
