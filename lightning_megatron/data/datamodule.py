@@ -13,7 +13,7 @@ from lightning_megatron.data.blend import SURPLUS, Blend, BlendedDataset, DataPa
 from lightning_megatron.data.cache import default_cache_dir
 from lightning_megatron.data.gpt import GPTDataset, GPTSamples, TokenLimits
 from lightning_megatron.data.indexed import IndexedDataset, PathLike, Reader
-from lightning_megatron.data.loader import Collate, GlobalBatchLoader
+from lightning_megatron.data.loader import Collate, GlobalBatchLoader, prediction_loader
 from lightning_megatron.data.masked import Vocabulary
 from lightning_megatron.data.sampler import BatchRamp, GlobalBatchSampler
 from lightning_megatron.data.t5 import T5Dataset, T5Samples
@@ -82,8 +82,16 @@ class GlobalBatchDataModule(PlainHyperparameters, L.LightningDataModule):
         return self._loader("test")
 
     def predict_dataloader(self) -> Any:
-        """Loader of the test split, or an empty list."""
-        return self._loader("test")
+        """Loader of the test split, or an empty list.
+
+        A ``BasePredictionWriter`` gets the number of each sample in the split, and -1 for padding, which fills the last
+        global batch.
+        """
+        dataset = self.datasets.get("test")
+        if dataset is None:
+            return []
+        sampler = self._sampler("test", dataset)
+        return prediction_loader(dataset, sampler, num_workers=self.num_workers, collate=self.collate)
 
     def check_files(self, stage: str) -> None:
         """Raise :class:`DataError` if files of `stage` are not there, which can be seen before processes start."""
@@ -98,9 +106,15 @@ class GlobalBatchDataModule(PlainHyperparameters, L.LightningDataModule):
         dataset = self.datasets.get(split)
         if dataset is None:
             return []
+        sampler = self._sampler(split, dataset)
+        loader = GlobalBatchLoader(dataset, sampler, num_workers=self.num_workers, collate=self.collate)
+        self._loaders[split] = loader
+        return loader
+
+    def _sampler(self, split: SplitName, dataset: Dataset[Any]) -> GlobalBatchSampler:
         training = split == "train"
         rank, size = self._data_parallel_coordinates()
-        sampler = GlobalBatchSampler(
+        return GlobalBatchSampler(
             len(dataset),  # type: ignore[arg-type]
             self.global_batch_size,
             rank,
@@ -110,9 +124,6 @@ class GlobalBatchDataModule(PlainHyperparameters, L.LightningDataModule):
             ramp=self.ramp if training else None,
             order_id=getattr(dataset, "order_id", None),
         )
-        loader = GlobalBatchLoader(dataset, sampler, num_workers=self.num_workers, collate=self.collate)
-        self._loaders[split] = loader
-        return loader
 
     @override
     def teardown(self, stage: str) -> None:

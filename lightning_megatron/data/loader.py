@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from lightning_megatron.data.sampler import PADDING, GlobalBatchSampler
+from lightning_megatron.data.sampler import PADDING, GlobalBatchSampler, PredictionSampler
 
 Batch = dict[str, Tensor]
 Collate = Callable[[Sequence[Any]], Batch]
@@ -104,12 +104,29 @@ class GlobalBatchLoader:
         self._finished_epoch = None
 
 
+def prediction_loader(
+    dataset: Dataset[Any], sampler: GlobalBatchSampler, *, num_workers: int = 0, collate: Collate | None = None
+) -> DataLoader[Any]:
+    """The batches of a :class:`GlobalBatchLoader` from a loader of torch's own, whose samples Lightning can number."""
+    return DataLoader(
+        _Padded(dataset, numbered=collate is None),
+        batch_size=sampler.global_batch_size // sampler.world,
+        sampler=PredictionSampler(sampler),
+        num_workers=num_workers,
+        collate_fn=collate or default_collate,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
 class _Padded(Dataset[Any]):
     """Answers the index :data:`PADDING` with a sample that has no loss, and tells samples' numbers as ``index``."""
 
     def __init__(self, dataset: Dataset[Any], *, numbered: bool) -> None:
         self._dataset = dataset
         self._numbered = numbered
+
+    def __len__(self) -> int:
+        return len(self._dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> Any:
         sample = self._dataset[index] if index != PADDING else without_loss(self._dataset[0])

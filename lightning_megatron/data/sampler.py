@@ -3,12 +3,12 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice, takewhile
-from typing import Any
+from itertools import chain, islice, takewhile
+from typing import Any, override
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.data import Sampler
+from torch.utils.data import DistributedSampler, Sampler
 
 from lightning_megatron.errors import DataError
 
@@ -203,3 +203,28 @@ class GlobalBatchSampler(Sampler[list[int]]):
         if self.first_shuffled_epoch is None or self.epoch < self.first_shuffled_epoch:
             return None
         return np.random.default_rng((self.seed, self.epoch)).permutation(self.num_samples)
+
+
+class PredictionSampler(DistributedSampler[Any]):
+    """The samples of a :class:`GlobalBatchSampler` one by one, for a ``DataLoader`` of as large batches.
+
+    From such a loader Lightning can tell a ``BasePredictionWriter`` the numbers of the samples of each batch. It leaves
+    the sampler as it is, since it is a ``DistributedSampler``.
+    """
+
+    def __init__(self, batches: GlobalBatchSampler) -> None:
+        super().__init__(
+            range(batches.num_samples),  # type: ignore[arg-type]
+            num_replicas=batches.world,
+            rank=batches.rank,
+            shuffle=False,
+        )
+        self._batches = batches
+
+    @override
+    def __iter__(self) -> Iterator[int]:
+        return chain.from_iterable(self._batches)
+
+    @override
+    def __len__(self) -> int:
+        return len(self._batches) * self._batches.global_batch_size // self._batches.world

@@ -11,14 +11,16 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+from lightning.pytorch.callbacks import BasePredictionWriter
 
 import lightning_megatron as lm
 from lightning_megatron.checkpoint.metadata import CheckpointMetadata
 from lightning_megatron.cli.generate import tokenizer_of
 from lightning_megatron.data import FineTuningData, HuggingFaceData, PretrainingData
+from lightning_megatron.data.datamodule import GlobalBatchDataModule
 from lightning_megatron.data.gpt import GPTDataset
 from tests.data.corpora import VOCABULARY, write_random_dataset
-from tests.helpers import quiet_trainer, tiny_config
+from tests.helpers import Tokens, quiet_trainer, tiny_config
 from tests.models.runs import strategy
 from tests.ranks import RankPool
 
@@ -185,3 +187,52 @@ def test_other_kinds_of_data(ranks: RankPool, tmp_path: Path, tokenizer_dir: Pat
     named = CheckpointMetadata.read(tmp_path / "last.ckpt").tokenizer
     assert (named["source"], named["vocab_size"]) == (str(tokenizer_dir.resolve()), 512)
     assert len(tokenizer_of(tmp_path / "last.ckpt", None)) == 512
+
+
+class Unnumbered(Tokens):
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {key: value for key, value in super().__getitem__(index).items() if key != "index"}
+
+
+class Predicted(GlobalBatchDataModule):
+    def setup(self, stage: str) -> None:
+        self.datasets["test"] = Unnumbered(11)
+
+
+class Writer(BasePredictionWriter):
+    """The numbers of the samples of each batch, as Lightning tells them and as the batch has them."""
+
+    def __init__(self) -> None:
+        super().__init__("batch_and_epoch")
+        self.told: list[Any] = []
+        self.epoch: Any = None
+
+    def write_on_batch_end(
+        self, trainer: Any, pl_module: Any, prediction: Any, batch_indices: Any, batch: Any, *_: Any
+    ) -> None:
+        assert prediction["logits"].size(0) == len(batch_indices)
+        assert batch["index"].tolist() == list(batch_indices)
+        self.told.append(list(batch_indices))
+
+    def write_on_epoch_end(self, trainer: Any, pl_module: Any, predictions: Any, batch_indices: Any) -> None:
+        self.epoch = [list(indices) for indices in batch_indices[0]]
+
+
+def _predicted(layout: dict[str, Any]) -> tuple[int, Any, Any]:
+    module, writer = lm.GPTModule(tiny_config(num_layers=2), return_logits="every_rank"), Writer()
+    trainer = quiet_trainer(strategy(**layout), int(os.environ["WORLD_SIZE"]), callbacks=[writer])
+    trainer.predict(module, datamodule=Predicted(global_batch_size=8, num_workers=0))
+    return trainer.strategy.data_parallel_rank, writer.told, writer.epoch
+
+
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [(2, {}), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((4, {"tp": 2}), (4, {"pp": 2}), (1, {})))],
+)
+def test_predictions_know_their_samples(ranks: RankPool, world: int, layout: dict[str, Any]) -> None:
+    expected = {
+        1: [[[0, 1, 2, 3, 4, 5, 6, 7], [8, 9, 10, -1, -1, -1, -1, -1]]],
+        2: [[[0, 2, 4, 6], [8, 10, -1, -1]], [[1, 3, 5, 7], [9, -1, -1, -1]]],
+    }
+    for replica, told, epoch in ranks.run(_predicted, world, layout):
+        assert told == epoch == expected[1 if world == 1 else 2][replica]
