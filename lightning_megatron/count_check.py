@@ -64,6 +64,17 @@ class CountCheck:
         event.record()
         self._pending.append((names, host, event))
 
+    def finish(self) -> None:
+        """Wait for numbers that have not arrived, at the end of a fit.
+
+        Raises:
+            ModuleError: as :meth:`begin`.
+        """
+        for _, _, event in self._pending:
+            if event is not None:
+                event.synchronize()
+        self._look()
+
     def _look(self) -> None:
         while self._pending and (self._pending[0][2] is None or self._pending[0][2].query()):
             names, pairs, _ = self._pending.popleft()
@@ -72,5 +83,6 @@ class CountCheck:
                     raise ModuleError(
                         f"loss() counted {counted:g} for the term {name!r} in an accumulation window, but "
                         f"loss_counts() had told {told:g}, by which its gradient was divided. Override loss_counts to "
-                        "count what loss() counts, from the batch as prepare_batch leaves it."
+                        "count what loss() counts, from the batch as prepare_batch leaves it. If training_step "
+                        "returned None for a batch, loss_counts must tell 0 for each term of that batch."
                     )

@@ -201,6 +201,14 @@ class Gradients:
         self._tokens = self._tokens + counts[MAIN_TERM]
         self._check.add(counts)
 
+    def finish(self) -> None:
+        """End a fit.
+
+        Raises:
+            ModuleError: the last windows had other counts than their module had told.
+        """
+        self._check.finish()
+
     @contextmanager
     def accumulate(self) -> Iterator[None]:
         """Around all schedules of a window but the last."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self, override
@@ -12,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Self, override
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 from lightning_megatron.errors import DataError, ModuleError
-from lightning_megatron.evaluation import LOSS, EvaluationMeans, num_loaders
+from lightning_megatron.evaluation import LOSS, EvaluationMeans, num_loaders, sync_over_replicas
 from lightning_megatron.hyperparameters import PlainHyperparameters
 from lightning_megatron.optim.config import OptimizerConfig
 from lightning_megatron.progress import LateScalar
@@ -65,6 +67,21 @@ class MegatronModule(PlainHyperparameters, pl.LightningModule):
         """What :meth:`validation_step` and :meth:`test_step` add up."""
         self._predicting: Engine | None = None
         self._predicted_prompts = 0
+
+    @property
+    def learning_rate(self) -> float:
+        """``OptimizerConfig.lr``, under a name by which Lightning's ``Tuner.lr_find`` finds and sets it.
+
+        During a fit, Megatron's schedule goes on with the new peak.
+        """
+        return self.optimizer_config.lr
+
+    @learning_rate.setter
+    def learning_rate(self, rate: float) -> None:
+        self.optimizer_config = replace(self.optimizer_config, lr=rate)
+        with suppress(RuntimeError):  # there is no Trainer
+            for group in (group for optimizer in self.strategy.optimizers for group in optimizer.param_groups):
+                group["max_lr"] = rate
 
     # ------------------------------------------------------------------ what a subclass says
 
@@ -267,6 +284,13 @@ class MegatronModule(PlainHyperparameters, pl.LightningModule):
             shown = logged == LOSS and num_loaders(self.trainer) == 1
             self.log(f"{name}_{logged}", mean, prog_bar=shown, metric_attribute="evaluation_means")
         return result.loss
+
+    @override
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """As Lightning's; a metric of torchmetrics is reduced over the replicas of the model."""
+        if isinstance(value, Metric):
+            sync_over_replicas(value)
+        super().log(name, value, *args, **kwargs)
 
     def _log_metrics(self, prefix: str, result: StepResult) -> None:
         if result.metrics:

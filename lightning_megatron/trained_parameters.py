@@ -48,7 +48,8 @@ def unfrozen_error(names: Sequence[str]) -> ModuleError:
     shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
     return ModuleError(
         f"{shown} had requires_grad=False when the fit began, so the optimizer has no gradient buffers for them, and "
-        "they cannot begin to train in this fit. Leave them trainable in configure_model and freeze them in "
+        "they cannot begin to train in this fit. Leave them trainable in configure_model (with LoRA, which freezes all "
+        "but its adapters, set requires_grad_(True) there after super().configure_model()) and freeze them in "
         "on_fit_start, from where on requires_grad may change at any batch; or unfreeze them before another fit."
     )
 

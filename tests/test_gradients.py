@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning
 
 import lightning_megatron as lm
 from lightning_megatron.errors import ModuleError
@@ -153,16 +155,81 @@ def frozen_at_first() -> tuple[float, float]:
     return beside.error, beside.moved("linear_qkv.bias")
 
 
+class AdaptersAndEmbedding(lm.GPTModule):
+    """LoRA, and the embedding beside its adapters."""
+
+    lora = lm.LoRAConfig(rank=4, target_modules=("linear_qkv", "linear_fc2"))
+    embedding = True
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        for name, parameter in self.chunks.named_parameters():
+            if "word_embeddings" in name and self.embedding:
+                parameter.requires_grad_(True)
+
+
+class AdaptersAlone(AdaptersAndEmbedding):
+    embedding = False
+
+
+class StartAdapters(pl.Callback):
+    """Adapters begin with nothing, and without a gradient in half of them."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        for name, parameter in pl_module.chunks.named_parameters():
+            if name.endswith("lora_B"):
+                torch.nn.init.constant_(parameter, 0.01)
+
+
+def frozen_with_lora(world: int, cases: list[Frozen]) -> list[tuple[float, float, float]]:
+    results = []
+    for sizes, part, at, until, accumulate, model in cases:
+        beside, module = TorchBeside(), gpt(AdaptersAndEmbedding, **model)
+        callbacks = [StartAdapters(), Freeze(part, at, until), beside]
+        trainer = trainer_of(sizes, world, *callbacks, accumulate_grad_batches=accumulate)
+        trainer.fit(module, SharedLoader(module, length=160))
+        results.append((beside.error, beside.moved(part), beside.moved("linear_qkv.weight")))
+    return results
+
+
+def test_frozen_and_unfrozen_with_lora(ranks: Any) -> None:
+    cases: list[Frozen] = [
+        (TP2, "layers.0.self_attention.linear_qkv.adapter", -1, 2, 1, {}),
+        (OVERLAP, "word_embeddings", -1, 2, 1, {}),
+    ]
+    for results in ranks.run(frozen_with_lora, 2, 2, cases):
+        for error, moved, base in results:
+            assert error == 0.0
+            assert moved > 1e-3
+            assert base == 0.0
+    for world, sizes in ((1, {}), (2, TP2)):
+        for message in ranks.run(refused, world, Freeze("word_embeddings", 9, 0), sizes, AdaptersAlone):
+            assert "word_embeddings.weight had requires_grad=False when the fit began" in message
+            assert "with LoRA" in message
+
+
+@pytest.mark.slow
+def test_frozen_and_unfrozen_with_lora_in_more_layouts(ranks: Any) -> None:
+    cases: list[Frozen] = [
+        (PP2, "word_embeddings", 1, 3, 1, {}),
+        (PP2, "adapter", 2, 4, 2, {}),
+        ({"overlap_grad_reduce": True}, "layers.1.mlp.linear_fc2.adapter", 1, 2, 1, {}),
+        (OVERLAP, "adapter.lora_A", -1, 3, 1, {}),
+    ]
+    for results in ranks.run(frozen_with_lora, 2, 2, cases):
+        assert [(error, base) for error, _, base in results] == [(0.0, 0.0)] * len(cases)
+
+
 class Finetuning(BaseFinetuning):
     def freeze_before_training(self, pl_module: pl.LightningModule) -> None: ...
 
     def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None: ...
 
 
-def refused(callback: pl.Callback) -> str:
-    module = gpt(FrozenWeights)
+def refused(callback: pl.Callback, sizes: dict[str, Any], cls: type[lm.GPTModule] = FrozenWeights) -> str:
+    module = gpt(cls)
     try:
-        trainer_of({}, 2, callback).fit(module, SharedLoader(module))
+        trainer_of(sizes, int(os.environ["WORLD_SIZE"]), callback).fit(module, SharedLoader(module))
     except ModuleError as error:
         return str(error)
     return ""
@@ -173,10 +240,13 @@ def test_frozen_from_the_beginning(ranks: Any) -> None:
     for error, moved in ranks.run(frozen_at_first, 2):
         assert error == 0.0
         assert moved > 1e-3
-    for message in ranks.run(refused, 2, Freeze("linear_qkv", 9, 0)):
+    for message in ranks.run(refused, 2, Freeze("linear_qkv", 9, 0), {}):
         assert "linear_qkv.weight" in message
         assert "freeze them in on_fit_start" in message
-    assert all("Finetuning is a BaseFinetuning" in message for message in ranks.run(refused, 2, Finetuning()))
+    for world, sizes, callback in ((1, {}, Finetuning()), (2, TP2, BackboneFinetuning())):
+        for message in ranks.run(refused, world, callback, sizes):
+            assert f"{type(callback).__name__} is a BaseFinetuning" in message
+            assert "\n" not in message
 
 
 # ----------------------------------------------------------------------------------------------------- what hooks do
@@ -299,9 +369,33 @@ class Loader(SharedLoader):
         return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
 
 
-def trained_on(numbers: list[int], accumulate: int, *, skip: tuple[int, ...] = (), after: bool = False) -> Any:
-    module = gpt(SkipsBatches)
+class SkipsOfTwoTerms(SkipsBatches):
+    """With a second term, whose counts are told before the batches of a window are trained on."""
+
+    bad: int | None = None
+    """The first sample of a batch that counts nothing."""
+
+    def loss(self, output: torch.Tensor, microbatch: dict[str, Any]) -> lm.Loss:
+        even = microbatch["tokens"] % 2 == 0
+        terms = {"even": ((output.float() * even).sum(), even.sum())}
+        return replace(super().loss(output, microbatch), extra_terms=terms)
+
+    def loss_counts(self, batch: Any) -> dict[str, Any]:
+        if batch["index"][0] == self.bad:
+            return {"num_tokens": 0, "even": 0}
+        return {"num_tokens": batch["loss_mask"].sum(), "even": (batch["tokens"] % 2 == 0).sum()}
+
+    def prepare_batch(self, batch: Any) -> dict[str, Any]:
+        return super().prepare_batch(batch) | {"index": batch["index"]}
+
+
+def trained_on(
+    numbers: list[int], accumulate: int, *, skip: tuple[int, ...] = (), after: bool = False, two_terms: bool = False
+) -> Any:
+    module = gpt(SkipsOfTwoTerms if two_terms else SkipsBatches)
     module.skip, module.after = skip, after
+    if isinstance(module, SkipsOfTwoTerms) and skip:
+        module.bad = 3 * numbers[skip[0]]
     trainer = trainer_of({}, 1, max_steps=-1, max_epochs=1, accumulate_grad_batches=accumulate)
     trainer.fit(module, Loader(module, numbers))
     return {name: weight.detach().clone() for name, weight in module.named_parameters()}, trainer.global_step
@@ -323,8 +417,27 @@ def skipped() -> None:
         trained_on([0, 1], 2, skip=(1,), after=True)
 
 
+def skipped_of_two_terms() -> None:
+    """The first batch of a window is left out by itself, others where ``loss_counts`` tells so before."""
+    two = {"two_terms": True}
+    for after in (False, True):
+        skips = {0: False, 1: False, 2: False} if not after else {0: True}
+        for skip in skips:
+            numbers = [number for number in (0, 1, 2) if number != skip]
+            found = trained_on([0, 1, 2], 3, skip=(skip,), after=after, **two)[0]
+            expected = trained_on(numbers, 2, **two)[0]
+            assert all(torch.equal(found[name], expected[name]) for name in found), (skip, after)
+    SkipsOfTwoTerms.bad = None
+    module = gpt(SkipsOfTwoTerms)
+    module.skip = (1,)
+    trainer = trainer_of({}, 1, max_steps=-1, max_epochs=1, accumulate_grad_batches=3)
+    with pytest.raises(ModuleError, match="If training_step returned None for a batch"):
+        trainer.fit(module, Loader(module, [0, 1, 2]))
+
+
 def test_batches_without_a_loss(ranks: Any) -> None:
     ranks.run(skipped, 1)
+    ranks.run(skipped_of_two_terms, 1)
 
 
 class EndsEpoch(lm.GPTModule):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, override
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.tuner import Tuner
 
 import lightning_megatron as lm
@@ -26,6 +26,20 @@ OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 EXPERTS = {"num_moe_experts": 4, "add_bias_linear": False}
 
 
+class TwoTerms(lm.GPTModule):
+    """Its second term counts the tokens that are even, fewer or more than half of those of a batch."""
+
+    @override
+    def loss(self, output: torch.Tensor, microbatch: dict[str, Any]) -> lm.Loss:
+        even = microbatch["tokens"] % 2 == 0
+        terms = {"even": ((output.float() * even).sum(), even.sum())}
+        return replace(super().loss(output, microbatch), extra_terms=terms)
+
+    @override
+    def loss_counts(self, batch: Any) -> dict[str, Any]:
+        return {"num_tokens": batch["loss_mask"].sum(), "even": (batch["tokens"] % 2 == 0).sum()}
+
+
 @dataclass(frozen=True)
 class Saves:
     """Where a run saves."""
@@ -36,6 +50,7 @@ class Saves:
     model: dict[str, Any] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
     loss_scale: float | None = None
+    kind: type[lm.GPTModule] = lm.GPTModule
 
 
 class SaveAt(pl.Callback):
@@ -54,7 +69,8 @@ class SaveAt(pl.Callback):
 def run(
     case: Case, saves: Saves, save: Path | None, resume: Path | None, steps: int = 3
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
-    module, record = make_module(saves.model, **saves.optimizer), Record()
+    plain = make_module(saves.model, **saves.optimizer)
+    module, record = saves.kind(plain.config, plain.optimizer_config), Record()
     callbacks = [record, *([SaveAt(save, saves.at)] if save else [])]
     options: dict[str, Any] = {"max_steps": steps, "accumulate_grad_batches": saves.accumulate}
     trainer = make_trainer(case, *callbacks, **options)
@@ -76,9 +92,10 @@ def resumes_exactly(ranks: Any, path: Path, case: Case, saves: Saves) -> list[fl
 
 def test_inside_a_window(ranks: Any, tmp_path: Path) -> None:
     case = Case(2, TP2)
-    losses = resumes_exactly(ranks, tmp_path / "saved", case, Saves(4))
+    saves = Saves(4, kind=TwoTerms)
+    losses = resumes_exactly(ranks, tmp_path / "saved", case, saves)
     for other in (Case(2, distributed=True, ddp=OVERLAP), Case()):
-        later = ranks.run(run, other.world, other, Saves(4), None, tmp_path / "saved")[0][0]
+        later = ranks.run(run, other.world, other, saves, None, tmp_path / "saved")[0][0]
         assert later == pytest.approx(losses[4:], abs=2e-6)
 
 
@@ -90,6 +107,10 @@ def test_inside_a_window(ranks: Any, tmp_path: Path) -> None:
         (Case(2, distributed=True, ddp=OVERLAP), Saves(4)),
         (Case(2, distributed=True, ddp=OVERLAP, precision="bf16-mixed"), Saves(5)),
         (Case(2), Saves(4)),
+        (Case(2, TP2), Saves(4)),
+        (Case(2), Saves(5, kind=TwoTerms)),
+        (Case(2, PP2, distributed=True, ddp=OVERLAP), Saves(4, kind=TwoTerms)),
+        (Case(2, {"context_parallel_size": 2}, precision="bf16-mixed"), Saves(4, kind=TwoTerms)),
         (Case(2, PP2), Saves(4)),
         (Case(2, {"context_parallel_size": 2}), Saves(4)),
         (Case(2, {"expert_model_parallel_size": 2}), Saves(4, model=EXPERTS)),
@@ -135,29 +156,70 @@ def at_no_step(path: Path) -> None:
     assert resumed == run(Case(), Saves(0, accumulate=1), None, None)[0]
 
 
-class WithRate(lm.GPTModule):
-    lr = 1e-3
+def weights(module: Any) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().clone() for name, weight in module.chunks.named_parameters()}
 
 
-def finds_rate() -> None:
-    module = WithRate(make_module().config, lm.OptimizerConfig(lr=1e-3))
-    before = make_module()
-    trainer = make_trainer(Case(), max_steps=4)
-    found = Tuner(trainer).lr_find(module, SharedLoader(module, length=400), num_training=12, min_lr=1e-6, max_lr=1.0)
+def finds_rate(case: Case) -> tuple[float, list[float], list[float]]:
+    """The rate that was found, and losses of a fit with it, after the search and without one."""
+    module, record = make_module(lr=1e-3), Record()
+    trainer = make_trainer(case, record, max_steps=4)
+    found = Tuner(trainer).lr_find(module, SharedLoader(module, length=400), num_training=16, min_lr=1e-6, max_lr=1.0)
     assert found is not None
     assert len(found.results["lr"]) >= 10
     assert trainer.global_step == 0
-    untouched = make_trainer(Case(), max_steps=0)
-    untouched.fit(before, SharedLoader(before))
-    for name, weight in before.chunks.named_parameters():
-        assert torch.equal(weight, dict(module.chunks.named_parameters())[name])
+    rate = found.suggestion()
+    assert rate is not None
+    assert module.learning_rate == module.optimizer_config.lr == rate
+    untouched = make_module()
+    make_trainer(case, max_steps=0).fit(untouched, SharedLoader(untouched))
+    assert all(torch.equal(weight, weights(module)[name]) for name, weight in weights(untouched).items())
     trainer.fit(module, SharedLoader(module))
     assert trainer.global_step == 4
+    assert trainer.strategy.megatron_optimizer.param_groups[0]["max_lr"] == rate
+    other, straight = make_module(lr=rate), Record()
+    make_trainer(case, straight, max_steps=4).fit(other, SharedLoader(other))
+    return rate, record.losses, straight.losses
 
 
-def test_no_step_and_lr_find(ranks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Rates(pl.Callback):
+    """The rate that each step was taken with."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+
+    def on_before_zero_grad(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def searches_in_the_fit() -> None:
+    module, rates = make_module(lr=1e-3, lr_warmup_steps=0, lr_decay_style="constant"), Rates()
+    finder = LearningRateFinder(num_training_steps=16, min_lr=1e-6, max_lr=1.0)
+    trainer = make_trainer(Case(), finder, rates, max_steps=4)
+    trainer.fit(module, SharedLoader(module, length=400))
+    assert finder.optimal_lr is not None
+    assert rates.rates[-4:] == [finder.optimal_lr.suggestion()] * 4
+
+
+def test_no_step_and_lr_find(ranks: Any, tmp_path: Path) -> None:
     ranks.run(at_no_step, 1, tmp_path / "none")
-    ranks.run(finds_rate, 1)
+    ranks.run(searches_in_the_fit, 1)
+    one, after, straight = ranks.run(finds_rate, 1, Case())[0]
+    assert after == straight
+    for rate, after, straight in ranks.run(finds_rate, 2, Case(2, TP2)):
+        assert after == straight
+        assert rate == one
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [Case(2, distributed=True, ddp={"overlap_grad_reduce": True, "overlap_param_gather": True}), Case(2, PP2)],
+    ids=["dp2", "pp2"],
+)
+def test_lr_find_on_replicas_and_stages(ranks: Any, case: Case) -> None:
+    for _, after, straight in ranks.run(finds_rate, 2, case):
+        assert after == straight
 
 
 # ------------------------------------------------------------------------------------------- what saves in a window

@@ -224,6 +224,34 @@ def test_layers_that_cannot_be_fused_run_in_a_pipeline(
             assert_same(run, reference)
 
 
+RECOMPUTED = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"moe_router_topk": 1, "add_qkv_bias": True}, RECOMPUTED])
+def test_experts_of_equal_micro_batches(ranks: RankPool, changes: dict[str, Any]) -> None:
+    """Losses of routers are means over a micro-batch, so runs are equal where their micro-batches are."""
+    config = EXPERTS | {"num_layers": 4} | changes
+    (reference,) = ranks.run(fit, 1, partial(make, **config), tokens(8), {"mbs": 2})
+    (larger,) = ranks.run(fit, 1, partial(make, **config), tokens(8), {"mbs": 8})
+    assert abs(larger[0][-1] - reference[0][-1]) > 1e-5
+    split = {"tp": 2, "sp": True}
+    for world, layout in (
+        (1, {}),
+        (2, {}),
+        (2, {"pp": 2}),
+        (2, {"pp": 2, "vpp": 2}),
+        (4, {"pp": 2, "ep": 2}),
+        (4, {"ep": 2}),
+        (2, split),
+        (4, split | {"ep": 2}),
+        (2, {"cp": 2}),
+    ):
+        for run in ranks.run(fit, world, partial(fused_layers, **config), tokens(8), layout | {"mbs": 2}):
+            assert max(abs(a - b) for a, b in zip(run[0], reference[0], strict=True)) < 5e-7, layout
+            assert max(abs(a / b - 1) for a, b in zip(run[1], reference[1], strict=True)) < 5e-7, layout
+
+
 def test_experts_with_biases(ranks: RankPool) -> None:
     build, batch = partial(make, **(EXPERTS | {"add_bias_linear": True})), tokens()
     (reference,) = ranks.run(fit, 1, build, batch, {"mbs": 2})
