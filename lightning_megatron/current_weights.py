@@ -7,7 +7,7 @@ Until then, and after the last step for good, the weights of a rank are in part 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, override
 
@@ -20,14 +20,14 @@ from lightning_megatron.backends.groups import all_arrive
 logger = logging.getLogger(__name__)
 
 _BETWEEN_STEPS = ("on_train_batch_start", "on_train_batch_end")
+_OF_MODULES = (*_BETWEEN_STEPS, "optimizer_step", "lr_scheduler_step", "training_step")
+"""Hooks that can read weights after the optimizer's step and before the next forward."""
 _WAIT_AFTER_AN_EXCEPTION = timedelta(seconds=5)
 
 
 class CurrentWeights(pl.Callback):
     """Gathers weights before anyone else's hook can read them: at the end of epochs and of the fit, even one that an
-    exception ends, before validation, and after each step if a callback or the module has a hook that may read them.
-
-    A callback whose hooks between steps read no weights says so by ``reads_weights = False``.
+    exception ends, and before validation. The strategy does so after each step, if :func:`read_between_steps`.
 
     Args:
         gather: gathers the weights; a collective of all ranks.
@@ -42,12 +42,6 @@ class CurrentWeights(pl.Callback):
         """Make it the first of the trainer's callbacks, whose hooks are called before those of the others."""
         others = [callback for callback in trainer.callbacks if not isinstance(callback, cls)]  # type: ignore[attr-defined]
         trainer.callbacks[:] = [cls(gather), *others]  # type: ignore[attr-defined]
-
-    @override
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        readers = (pl_module, *trainer.callbacks)  # type: ignore[attr-defined]
-        if any(_may_read_between_steps(reader) for reader in readers if reader is not self):
-            self._gather()
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -79,10 +73,18 @@ class CurrentWeights(pl.Callback):
             logger.warning("The fit failed on this rank alone, so its weights are in part those before the last step.")
 
 
-def _may_read_between_steps(reader: Any) -> bool:
+def read_between_steps(module: pl.LightningModule, callbacks: Sequence[pl.Callback]) -> bool:
+    """Whether a callback or the module has a hook that may read weights between an optimizer step and a forward.
+
+    One whose hooks read none says so by ``reads_weights = False``.
+    """
+    return _may_read(module, _OF_MODULES) or any(_may_read(callback, _BETWEEN_STEPS) for callback in callbacks)
+
+
+def _may_read(reader: Any, names: Sequence[str]) -> bool:
     if not getattr(reader, "reads_weights", True):
         return False
     if isinstance(reader, (WeightAveraging, LambdaCallback)):
         return True
-    hooks = (getattr(type(reader), name) for name in _BETWEEN_STEPS)
+    hooks = (getattr(type(reader), name) for name in names)
     return any(hook.__module__.partition(".")[0] not in ("lightning", "lightning_megatron") for hook in hooks)

@@ -89,12 +89,30 @@ def _means(totals: Totals) -> dict[str, Tensor]:
 
 
 class ReduceAtEpochEnd(pl.Callback):
-    """Reduces the means of an evaluation before any other hook of the epoch's end reads them."""
+    """Reduces the means of an evaluation before any other hook of the epoch's end reads them.
+
+    Metrics of torchmetrics that the module has made since its set-up are reduced over replicas, too.
+    """
 
     def _start(self, module: Any) -> None:
         module.evaluation_means.start()
 
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        sync_over_replicas(pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        sync_over_replicas(pl_module)
+        for name, mean in pl_module.strategy.late_metrics().items():
+            pl_module.log(f"train_{name}", mean, batch_size=1)
+
+    @override
+    def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        sync_over_replicas(pl_module)
+
     def _finish(self, stage: str, trainer: pl.Trainer, module: Any) -> None:
+        sync_over_replicas(module)
         several = num_loaders(trainer) > 1
         replicas = module.strategy.build_context.groups.dp
         results = trainer.callback_metrics

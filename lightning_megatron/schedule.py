@@ -34,8 +34,9 @@ class Loss:
     """Scalar, with gradient: the *sum* (not the mean) over this micro-batch's tokens or samples."""
     num_tokens: torch.Tensor | float
     """How many of them, or the sum of their weights: any real number. A micro-batch may have none."""
-    metrics: Mapping[str, torch.Tensor | tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    """Scalars to log: a pair ``(sum, weight)`` is averaged by weight, a single value over micro-batches."""
+    metrics: Mapping[str, torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None] = field(default_factory=dict)
+    """Scalars to log: a pair ``(sum, weight)`` is averaged by weight, a single value over micro-batches. ``None`` is as
+    a name that is not there: this micro-batch does not count."""
     extra_terms: Mapping[str, tuple[torch.Tensor, torch.Tensor | float]] = field(default_factory=dict)
     """More terms of the loss by name: ``(sum, count)``, the sum with gradient. One backward runs through all terms, so
     their counts must be known before it, which :meth:`~lightning_megatron.MegatronModule.loss_counts` tells."""
@@ -225,6 +226,10 @@ class Schedule:
             totals = Totals.of(records, self._device) if self._is_last else None
             return StepResult((self._in_replica if forward_only else self._over_replicas)(totals))
 
+    def late_metrics(self) -> dict[str, torch.Tensor]:
+        """Means of metrics that the last training step has had for the first time and could not report yet."""
+        return self._over_replicas.late().metrics()
+
     def sizes(self, batch: Batch) -> tuple[int, int, int]:
         """Samples, sequence length and micro-batches of a batch.
 
@@ -250,7 +255,7 @@ class Schedule:
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
         loss = self._module.loss(output, microbatch)
         terms = {MAIN_TERM: (loss.sum, loss.num_tokens), **loss.extra_terms}
-        record: dict[str, Any] = {METRIC + name: value for name, value in loss.metrics.items()}
+        record: dict[str, Any] = {METRIC + name: value for name, value in loss.metrics.items() if value is not None}
         for name, (total, count) in terms.items():
             # The schedule scales the sum in place for fp16, so what is recorded is a copy.
             record[TERM + name] = total.detach().clone(), on_device(count, self._device).detach()

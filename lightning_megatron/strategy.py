@@ -26,9 +26,11 @@ from torch.utils.data import DataLoader
 
 from lightning_megatron.auto import Choice, choose
 from lightning_megatron.auto_inputs import constraints_of, devices_of, work_of
+from lightning_megatron.averaging import show_main_weights
 from lightning_megatron.backends import core, optimizer_state, rng
 from lightning_megatron.backends.group_sets import GroupSet, group_set
 from lightning_megatron.backends.groups import abort_all, leave_at_exit, recorded, release_recorded, stay_at_exit
+from lightning_megatron.backends.main_weights import MainWeights
 from lightning_megatron.backends.rendezvous import meet, stay_on_loopback
 from lightning_megatron.checkpoint.averages import Averages, keep_averages, swa_has_begun
 from lightning_megatron.checkpoint.io import load, load_weights, snapshot
@@ -37,7 +39,7 @@ from lightning_megatron.checkpoint.publish import local_path
 from lightning_megatron.checkpoint.run_state import RunState
 from lightning_megatron.checkpoint.saver import CheckpointOptions, Saver
 from lightning_megatron.checkpoint.together import Team
-from lightning_megatron.current_weights import CurrentWeights
+from lightning_megatron.current_weights import CurrentWeights, read_between_steps
 from lightning_megatron.errors import LayoutError, ModuleError
 from lightning_megatron.evaluation import ReduceAtEpochEnd, sync_over_replicas
 from lightning_megatron.exchange import Uneven
@@ -166,6 +168,7 @@ class MegatronStrategy(DDPStrategy):
         self._replica: ReplicaGroups | None = None
         self._schedule: Schedule | None = None
         self._gradients: Gradients | None = None
+        self._main_weights = MainWeights()
         self._checkpoint_options = checkpoint or CheckpointOptions()
         self._checkpoint_saver: Saver | None = None
         self._connect_timeout = connect_timeout
@@ -430,6 +433,8 @@ class MegatronStrategy(DDPStrategy):
         if training:
             self.setup_optimizers(trainer)
             self._connect_optimizer()
+            if self.precision_plugin.policy.half:
+                show_main_weights(trainer, self._show_main_weights, self._main_weights.close)
             if self._ddp_options["overlap_param_gather"]:
                 CurrentWeights.join(trainer, self._gather_weights)
         self.setup_precision_plugin()
@@ -522,6 +527,10 @@ class MegatronStrategy(DDPStrategy):
         with self._gradients.step(partial(self._loss_counts, batch)) as term_weights:
             return self._schedule(batch, forward_only=False, term_weights=term_weights)
 
+    def late_metrics(self) -> dict[str, Tensor]:
+        """Metrics of training that its last step had for the first time and did not report. Every rank calls this."""
+        return {} if self._schedule is None else self._schedule.late_metrics()
+
     def _loss_counts(self, batch: Batch) -> dict[str, Tensor] | None:
         """Counts of each term of the loss over the batches of this replica in the window that ``batch`` begins."""
         module = self.lightning_module
@@ -579,9 +588,10 @@ class MegatronStrategy(DDPStrategy):
     @override
     def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
-        if keep_averages(self.lightning_module.trainer.callbacks):  # type: ignore[union-attr]
-            with self.gathered_weights():
-                pass  # the callbacks read them next
+        module = self.lightning_module
+        assert module is not None
+        if self._ddp_options["overlap_param_gather"] and read_between_steps(module, module.trainer.callbacks):  # type: ignore[attr-defined]
+            self._gather_weights()
         return output
 
     @override
@@ -684,6 +694,8 @@ class MegatronStrategy(DDPStrategy):
     def on_train_end(self) -> None:
         """Make up for skipped saves of the last step, and let a failed background save end the fit with its error."""
         super().on_train_end()
+        if self._gradients is not None:
+            self._gradients.finish()
         if self._checkpoint_saver is None:
             return
         trainer = self.lightning_module.trainer  # type: ignore[union-attr]
@@ -790,6 +802,23 @@ class MegatronStrategy(DDPStrategy):
     def _gather_weights(self) -> None:
         with self.gathered_weights():
             pass
+
+    @contextmanager
+    def main_weights(self) -> Iterator[None]:
+        """For code that averages or replaces weights during a fit: 16-bit parameters of the module are float32 inside.
+
+        They are the optimizer's main weights, which take over what they are changed to. Every rank enters this.
+        """
+        self._gather_weights()
+        self._show_main_weights()
+        try:
+            yield
+        finally:
+            self._main_weights.close()
+
+    def _show_main_weights(self) -> None:
+        assert self.lightning_module is not None
+        self._main_weights.open(self.lightning_module, self.megatron_optimizer.core)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

@@ -83,7 +83,8 @@ class TotalsReducer:
     have others. Only then do they agree on a new list, so the steady state is one reduction.
 
     Without a pipeline, a GPU does not wait for that message: new names, which one rank alone may have, are reported
-    with the next step then, together with what that step adds to them. The names of the first step are exact.
+    with the next step then, together with what that step adds to them, or by :meth:`late`. The names of the first step
+    are exact.
 
     Args:
         group: ranks that add up; every one of them holds records of its own.
@@ -118,12 +119,25 @@ class TotalsReducer:
         elif not self._waits:
             assert totals is not None
             self._late = Totals({name: pair for name, pair in totals.pairs.items() if name not in reduced.pairs})
-            host = torch.empty((), dtype=changed.dtype, pin_memory=True)
-            host.copy_(changed, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            self._told = host, event
+            self._told = self._tell(changed)
         return self._without_missing(reduced, totals)
+
+    def late(self) -> Totals:
+        """The sums of names that were new in the last step, of which no step has told yet. Every rank calls this."""
+        late, self._late = self._late, Totals()
+        if not self._others_had_new_names():
+            return Totals()
+        self._agree(late)
+        reduced, _ = self._reduce(late)
+        return self._without_missing(reduced, late)
+
+    def _tell(self, changed: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+        """A number of the device for the host, which has it after the event."""
+        host = torch.empty((), dtype=changed.dtype, pin_memory=True)
+        host.copy_(changed, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return host, event
 
     def _others_had_new_names(self) -> bool:
         """Whether any rank had new names in the step before, which the device has finished or is about to."""

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
+from lightning_megatron.backends import optimizer_state
 from tests.checkpoint.runs import Case, make_module, make_trainer
 from tests.helpers import Record, SharedLoader
 
@@ -28,6 +29,14 @@ def average_of(kind: str) -> pl.Callback:
     return WeightAveraging()
 
 
+def weights_of(module: Any) -> list[torch.Tensor]:
+    """The weights, or the float32 main weights of this rank where it has any."""
+    states = list(optimizer_state.parameter_states(module.strategy.megatron_optimizer.core))
+    if any(state.is_master for state in states):
+        return [state.stepped.detach() for state in states]
+    return [parameter.detach().float() for parameter in module.parameters()]
+
+
 class TorchsAverage(pl.Callback):
     """The same averages of a plain module, which is given the weights."""
 
@@ -37,8 +46,7 @@ class TorchsAverage(pl.Callback):
 
     def plain(self, module: Any) -> torch.nn.Module:
         with module.strategy.gathered_weights():
-            values = [parameter.detach().float().clone() for parameter in module.parameters()]
-        return torch.nn.ParameterList(values)
+            return torch.nn.ParameterList([weight.clone() for weight in weights_of(module)])
 
     def update(self, module: Any) -> None:
         plain = self.plain(module)
@@ -84,8 +92,14 @@ def run(
     error = float("nan")
     if resume is None:
         assert beside.averaged is not None
-        pairs = zip(weights.values(), beside.averaged.module.parameters(), strict=True)
+        averages = [average.detach() for average in beside.averaged.module.parameters()]
+        if case.precision == "bf16-true" and not case.distributed:  # no main weights, so the average is rounded
+            averages = [average.bfloat16().float() for average in averages]
+        pairs = zip(weights_of(module), averages, strict=True)
         error = max(float((one - other).abs().max()) for one, other in pairs)
+    for state in optimizer_state.parameter_states(trainer.strategy.megatron_optimizer.core):
+        part = state.parameter.detach().flatten()[state.start :][: state.stepped.numel()]
+        assert torch.equal(part, state.stepped.detach().flatten().to(part.dtype))
     return record.losses, weights, error, measured
 
 
@@ -93,6 +107,11 @@ CASES = [
     ("ema", Case(2, TP2)),
     ("ema", Case(2, distributed=True, ddp=OVERLAP)),
     ("swa", Case(2, PP2)),
+    ("ema", Case(2, distributed=True, ddp=OVERLAP, precision="bf16-mixed")),
+    pytest.param("swa", Case(2, distributed=True, ddp=OVERLAP, precision="bf16-mixed"), marks=pytest.mark.slow),
+    pytest.param("mean", Case(2, PP2, precision="bf16-mixed"), marks=pytest.mark.slow),
+    pytest.param("ema", Case(precision="bf16-true"), marks=pytest.mark.slow),
+    pytest.param("swa", Case(2, distributed=True, precision="16-mixed"), marks=pytest.mark.slow),
     pytest.param("ema", Case(), marks=pytest.mark.slow),
     pytest.param("ema", Case(2, PP2), marks=pytest.mark.slow),
     pytest.param("mean", Case(2, TP2), marks=pytest.mark.slow),
@@ -126,8 +145,19 @@ def test_averages_go_to_another_layout(kind: str, ranks: Any, tmp_path: Path) ->
                     torch.testing.assert_close(weight, straight[1][name], rtol=0, atol=2e-4)
 
 
-def validated(path: Path) -> None:
-    case = Case(2, distributed=True, ddp=OVERLAP)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ema", "swa"])
+def test_averages_of_main_weights_go_to_another_layout(kind: str, ranks: Any, tmp_path: Path) -> None:
+    one, two = Case(precision="bf16-mixed"), Case(2, distributed=True, ddp=OVERLAP, precision="bf16-mixed")
+    of_one, of_two = (ranks.run(run, case.world, case, kind, tmp_path / f"{case.world}")[0] for case in (one, two))
+    for case, saved, expected in ((one, "2", of_one), (two, "1", of_two)):
+        for losses, weights, _, _ in ranks.run(run, case.world, case, kind, None, tmp_path / saved):
+            assert losses == expected[0][4:]
+            assert all(torch.equal(weight, expected[1][name]) for name, weight in weights.items())
+
+
+def validated(path: Path, precision: str) -> None:
+    case = Case(2, distributed=True, ddp=OVERLAP, precision=precision)
     losses, _, error, measured = run(case, "ema", path, validate=True)
     assert error < 1e-6
     assert losses == run(case, "ema")[0]  # a validation leaves the weights as they were
@@ -156,4 +186,10 @@ def copied() -> None:
 
 def test_copies_and_validation(ranks: Any, tmp_path: Path) -> None:
     ranks.run(copied, 1)
-    ranks.run(validated, 2, tmp_path / "saved")
+    ranks.run(validated, 2, tmp_path / "saved", "32-true")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_a_validation_rounds_no_averages(precision: str, ranks: Any, tmp_path: Path) -> None:
+    ranks.run(validated, 2, tmp_path / "saved", precision)

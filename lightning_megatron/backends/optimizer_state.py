@@ -79,11 +79,11 @@ def parameter_states(optimizer: MegatronOptimizer) -> Iterator[ParameterState]:
     """
     for part in parts(optimizer):
         groups = part.optimizer.param_groups
-        for index, parameter, stepped, is_master, start in _stepped(part):
+        for index, parameter, stepped, is_master, start in stepped_tensors(part):
             yield ParameterState(parameter, start, stepped, is_master, part.optimizer, groups[index])
 
 
-def _stepped(part: Any) -> Iterator[tuple[int, Tensor, Tensor, bool, int]]:
+def stepped_tensors(part: Any) -> Iterator[tuple[int, Tensor, Tensor, bool, int]]:
     """Group, parameter, what is stepped for it, whether that is a master copy, and where it starts."""
     lists: tuple[tuple[Any, Any, bool], ...]
     if isinstance(part, DistributedOptimizer):

@@ -10,6 +10,8 @@ import torch
 
 import lightning_megatron as lm
 from tests.helpers import Record, SharedLoader, quiet_trainer, tiny_config
+from tests.models import test_t5
+from tests.models.runs import Shared
 
 SHARDED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True}
 
@@ -47,6 +49,39 @@ class Reader(pl.Callback):
         self.seen.append(("end", total(pl_module)))
 
 
+class ReadsItself(lm.GPTModule):
+    """Reads its weights in each hook of its own around an optimizer step."""
+
+    def read(self, hook: str) -> None:
+        if not hasattr(self, "seen"):
+            self.seen: list[tuple[str, float]] = []
+        self.seen.append((hook, total(self)))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.read("training_step")
+        return super().training_step(batch, batch_idx)
+
+    def on_before_zero_grad(self, optimizer: Any) -> None:
+        self.read("on_before_zero_grad")
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.read("on_before_optimizer_step")
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.read("optimizer_step")
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        self.read("lr_scheduler_step")
+        super().lr_scheduler_step(scheduler, metric)
+
+
+class T5Reads(lm.T5Module):
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.seen = [*getattr(self, "seen", []), total(self)]
+
+
 class Fails(pl.Callback):
     """Raises after the third step, on all ranks or one."""
 
@@ -76,6 +111,9 @@ def reads(overlap: bool) -> dict[str, Any]:
         module, reader = make(), Reader(between_steps)
         fit(module, overlap, reader)
         found[f"hooks {between_steps}"] = reader.seen
+    itself = ReadsItself(make().config, make().optimizer_config)
+    fit(itself, overlap)
+    found["hooks of the module"] = itself.seen
     found["state_dict"] = {
         name: value.double().sum().item() for name, value in module.state_dict().items() if value is not None
     }
@@ -109,6 +147,26 @@ def test_weights_are_the_last_ones_wherever_they_are_read(ranks: Any) -> None:
     for found in ranks.run(reads, 2, True):
         for name, value in wanted.items():
             assert found[name] == value, name
+
+
+def reads_t5(overlap: bool) -> Any:
+    module, record = make_t5(), Record()
+    strategy = lm.MegatronStrategy(
+        **SHARDED, overlap_param_gather=overlap, pipeline_model_parallel_size=2, micro_batch_size=1
+    )
+    trainer = quiet_trainer(strategy, 4, max_steps=4, max_epochs=1, callbacks=[record])
+    trainer.fit(module, Shared(module, test_t5.batch(8), 4))
+    return record.losses, module.seen, total(module)
+
+
+def make_t5() -> T5Reads:
+    plain = test_t5.make()
+    return T5Reads(plain.config, plain.optimizer_config)
+
+
+@pytest.mark.slow
+def test_weights_of_a_split_t5_are_the_last_ones(ranks: Any) -> None:
+    assert ranks.run(reads_t5, 4, True) == ranks.run(reads_t5, 4, False)
 
 
 @pytest.mark.slow

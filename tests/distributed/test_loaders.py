@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any, override
 
 import lightning.pytorch as pl
@@ -265,7 +266,23 @@ def timed_validation(rank_options: dict[str, Any]) -> str:
     return ""
 
 
+class Validations(pl.Callback):
+    count = 0
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self.count += 1
+
+
+def timed_alone() -> int:
+    seen = Validations()
+    options = {"val_check_interval": timedelta(milliseconds=1), "limit_val_batches": 1, "callbacks": [seen]}
+    trainer = quiet_trainer(strategy(), 1, max_epochs=1, **options)
+    trainer.fit(_module(), DataLoader(Tokens(), 8), DataLoader(Tokens(), 8))
+    return seen.count
+
+
 def test_validation_by_each_processes_clock_is_refused(ranks: RankPool) -> None:
+    assert ranks.run(timed_alone, 1) == [8]
     for message in ranks.run(timed_validation, 2, {"tp": 2}):
         assert "val_check_interval" in message
         assert "own clock" in message

@@ -8,14 +8,16 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import EarlyStopping
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
-from torchmetrics import CatMetric, SumMetric
+from torchmetrics import CatMetric, MetricCollection, SumMetric
 
 import lightning_megatron as lm
 from lightning_megatron.data.loader import GlobalBatchLoader
 from lightning_megatron.data.sampler import GlobalBatchSampler
 from lightning_megatron.evaluation import warn_of_repeated_samples
+from lightning_megatron.totals import Totals, TotalsReducer
 from tests.helpers import SEQUENCE, plain_loader, quiet_trainer, tiny_config
 from tests.models import test_bert
 from tests.models.gradient_runs import Parts
@@ -104,8 +106,7 @@ class Named(lm.GPTModule):
         one, two, three = (torch.tensor(value) for value in (1.0, 2.0, 3.0))
         metrics: dict[str, Any] = {"a": one, "b": two} if replica == 0 else {"b": two, "a": one}
         metrics["first" if replica == 0 else "second"] = three
-        if number % 2:
-            metrics["odd"] = torch.tensor(float(replica))
+        metrics["odd"] = torch.tensor(float(replica)) if number % 2 else None
         if number >= 2 and replica == self.strategy.data_parallel_size - 1:
             metrics["late"] = (two, three)
         metrics["loss"] = three  # the name of the loss itself
@@ -138,6 +139,43 @@ def test_records_by_name(ranks: RankPool, layout: dict[str, Any]) -> None:
         assert second == pytest.approx(expected | {"late": 2 / 3})
 
 
+class Event:
+    """Of a device that is done."""
+
+    def synchronize(self) -> None: ...
+
+
+class WithoutWaiting(TotalsReducer):
+    """As on a GPU without a pipeline."""
+
+    def __init__(self) -> None:
+        alone = dist.new_subgroups_by_enumeration([[rank] for rank in range(dist.get_world_size())])[0]
+        super().__init__(dist.group.WORLD, alone, torch.device("cpu"))
+        self._waits = False
+
+    def _tell(self, changed: torch.Tensor) -> Any:
+        return changed.clone(), Event()
+
+
+def late() -> list[dict[str, float]]:
+    """What two replicas report of two steps and after them, whose last step has a new name on one of them."""
+    dist.init_process_group("gloo", rank=int(os.environ["RANK"]), world_size=2)
+    reducer, rank = WithoutWaiting(), dist.get_rank()
+    device, found = torch.device("cpu"), []
+    for step in range(2):
+        records: dict[str, Any] = {"metric/a": torch.tensor(rank + 1.0)}
+        if step == 1 and rank == 1:
+            records["metric/new"] = (torch.tensor(4.0), torch.tensor(2.0))
+        found.append(reducer(Totals.of([records], device)).metrics())
+    found += [reducer.late().metrics(), reducer.late().metrics()]
+    return [{name: float(value) for name, value in metrics.items()} for metrics in found]
+
+
+def test_a_name_of_the_last_step_is_not_lost(ranks: RankPool) -> None:
+    for found in ranks.run(late, 2):
+        assert found == [{"a": 1.5}, {"a": 1.5}, {"new": 2.0}, {}]
+
+
 class Reductions(lm.GPTModule):
     """Logs what Lightning and torchmetrics reduce."""
 
@@ -146,6 +184,8 @@ class Reductions(lm.GPTModule):
         self.total, self.all = SumMetric(), CatMetric()
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if not hasattr(self, "lazy"):
+            self.lazy = SumMetric()
         super().validation_step(batch, batch_idx, dataloader_idx)
         count, replica = batch["tokens"].size(0), float(self.strategy.data_parallel_rank)
         self.total.update(count)
@@ -155,11 +195,29 @@ class Reductions(lm.GPTModule):
         self.log("samples", float(count), reduce_fx="sum", sync_dist=True)
         self.log("weighted", replica, sync_dist=True, batch_size=3 if replica else 1)
         self.log("total", self.total)
+        self.lazy.update(count)
+        self.later.update(count)
+        self.log("later", self.later)
+        self.log("lazy", self.lazy)
+        self.manual["count"].update(count)
+
+    def on_validation_start(self) -> None:
+        self.later = SumMetric()
+        self.manual = MetricCollection({"count": SumMetric()})
+
+    def on_fit_start(self) -> None:
+        self.seen = SumMetric()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.log("seen", self.seen(batch["tokens"].size(0)), on_step=True, on_epoch=False)
+        self.log("seen_epoch", self.seen, on_step=False, on_epoch=True)
+        return super().training_step(batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
         self.indices = sorted(self.all.compute().int().tolist())
         self.gathered = self.all_gather(torch.tensor(self.strategy.data_parallel_rank)).tolist()
         assert "val_loss" in self.trainer.callback_metrics
+        assert self.manual.compute()["count"] == 16
 
 
 def reduce(layout: dict[str, Any]) -> Any:
@@ -169,13 +227,18 @@ def reduce(layout: dict[str, Any]) -> Any:
     decisions = [
         trainer.strategy.reduce_boolean_decision(trainer.global_rank > 0, all=every) for every in (True, False)
     ]
-    return results, module.indices, module.gathered, decisions
+    fitted = quiet_trainer(strategy(**layout), trainer.world_size, use_distributed_sampler=True, max_epochs=1)
+    fitted.fit(module, plain_loader(4, 16))
+    metrics = {name: float(fitted.callback_metrics[name]) for name in ("seen", "seen_epoch")}
+    return results, module.indices, module.gathered, decisions, metrics
 
 
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}, {"cp": 2}])
 def test_reductions_are_over_replicas(ranks: RankPool, layout: dict[str, Any]) -> None:
-    for results, indices, gathered, decisions in ranks.run(reduce, 4, layout):
+    for results, indices, gathered, decisions, fitted in ranks.run(reduce, 4, layout):
         assert results["samples"] == results["total"] == 16
+        assert results["later"] == results["lazy"] == 16  # metrics that are made after the set-up
+        assert fitted == {"seen": 4, "seen_epoch": 16}
         assert results["sum"] == 2 * (1 + 2)  # two batches of each of two replicas
         assert (results["mean"], results["max"], results["min"]) == (1.5, 2, 1)
         assert results["weighted"] == pytest.approx(0.75)
