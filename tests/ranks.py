@@ -72,9 +72,13 @@ class RankPool:
         return [results[rank] for rank in range(world_size)]
 
     def attempt(
-        self, function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0
+        self, function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0, absent: int | None = None
     ) -> tuple[dict[int, Any], dict[int, str]]:
-        """As :meth:`run`, but failures are returned: results and tracebacks by rank."""
+        """As :meth:`run`, but failures are returned: results and tracebacks by rank.
+
+        Args:
+            absent: a rank that gives no result, because the function stops or kills it.
+        """
         if self._runs >= RUNS_PER_PROCESS:
             self.stop()
         if not self._processes:
@@ -86,7 +90,7 @@ class RankPool:
         results: dict[int, Any] = {}
         errors: dict[int, str] = {}
         waiting = {connection: rank for rank, connection in enumerate(self._connections[:world_size])}
-        while waiting:
+        while set(waiting.values()) - {absent}:
             ready = wait(list(waiting), timeout)
             if not ready:
                 for rank in waiting.values():
@@ -101,7 +105,7 @@ class RankPool:
                 (results if ok else errors)[rank] = value
             if errors:
                 timeout = min(timeout, 30.0)  # the others wait for a rank that is gone
-        if errors:
+        if errors or absent is not None:
             self.stop()
         return results, errors
 

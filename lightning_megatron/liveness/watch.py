@@ -64,6 +64,8 @@ class _Peer:
     where: str = ""
     acknowledged: bool = False
     left: bool = False
+    silent: bool = False
+    """Reported as one that does not answer."""
 
 
 def innermost_line(thread: int) -> str:
@@ -212,7 +214,8 @@ class PeerWatch:
             return False
         if all(peer.left for peer in self._peers.values()):
             self._all_left.set()
-        return bool(self.rank) or self._all_left.is_set()
+        # A rank that was reported as silent may be stopped for ever; if it goes on, the closed connection tells it.
+        return bool(self.rank) or all(peer.left or peer.silent for peer in self._peers.values())
 
     def _accept(self) -> None:
         assert self._server is not None
@@ -293,6 +296,7 @@ class PeerWatch:
         if silent:
             self._decide(self._silence(silent), announced=False)
             for rank in silent:  # who has never connected never says goodbye
+                self._peers[rank].silent = True
                 self._peers[rank].left |= self._peers[rank].connection is None
         if self.stop_requested and not self._leaving.is_set():
             self._requested_since = self._requested_since or now
