@@ -60,6 +60,8 @@ class MegatronModule(PlainHyperparameters, pl.LightningModule):
         self.optimizer_config = optimizer or OptimizerConfig()
         self.chunks = torch.nn.ModuleList()
         self._built_in: BuildContext | None = None
+        self.failed_after: int | None = None
+        """Steps of a fit on several ranks that failed, until the next begins."""
         self.generation_config: GenerationConfig | None = None
         """What :meth:`predict_step` generates with."""
         self._shown_loss = LateScalar()

@@ -29,7 +29,15 @@ from lightning_megatron.auto_inputs import constraints_of, devices_of, work_of
 from lightning_megatron.averaging import show_main_weights
 from lightning_megatron.backends import core, optimizer_state, rng
 from lightning_megatron.backends.group_sets import GroupSet, group_set
-from lightning_megatron.backends.groups import abort_all, leave_at_exit, recorded, release_recorded, stay_at_exit
+from lightning_megatron.backends.groups import (
+    abort_all,
+    all_are_connected,
+    end_all,
+    leave_at_exit,
+    recorded,
+    release_recorded,
+    stay_at_exit,
+)
 from lightning_megatron.backends.main_weights import MainWeights
 from lightning_megatron.backends.rendezvous import meet, stay_on_loopback
 from lightning_megatron.checkpoint.averages import Averages, keep_averages, swa_has_begun
@@ -172,6 +180,7 @@ class MegatronStrategy(DDPStrategy):
         self._checkpoint_options = checkpoint or CheckpointOptions()
         self._checkpoint_saver: Saver | None = None
         self._connect_timeout = connect_timeout
+        self._failed = False
         self._watch: PeerWatch | None = None
         self._signals: TogetherOnSignal | None = None
 
@@ -260,6 +269,7 @@ class MegatronStrategy(DDPStrategy):
         super().setup_environment()
         core.use_device(self.root_device)
         self._open_watch()
+        self._check_weights_agree()
         if self._undecided:
             self._decide()
         self._spread_layers()
@@ -272,6 +282,8 @@ class MegatronStrategy(DDPStrategy):
 
     @override
     def setup_distributed(self) -> None:
+        if dist.is_initialized() and self.world_size > 1 and not all_are_connected():
+            self._end_groups()  # another rank's fit has failed where this one's ended
         if not dist.is_initialized():
             self.set_world_ranks()
             environment, device = self.cluster_environment, self.root_device
@@ -837,15 +849,58 @@ class MegatronStrategy(DDPStrategy):
             self._checkpoint_saver.failed = True
         if self._watch is not None:
             blame(exception, self._watch, abort_all, self.launcher)
+            self._failed = self._watch.stop_at is None
+
+    def _end_groups(self) -> None:
+        """End the process groups after a failure on some rank, so that the next fit of these processes makes new ones.
+
+        The module's weights stay, and its own next fit compares how far the ranks had come.
+        """
+        environment = self.cluster_environment
+        assert environment is not None
+        module = self.lightning_module
+        if isinstance(module, MegatronModule):
+            module.failed_after = self._trainer.global_step
+        self._chunks, self._context, self._groups, self._replica = [], None, None, None
+        self._schedule, self._gradients, self._checkpoint_saver = None, None, None
+        end_all(environment.main_address, environment.main_port)
+
+    def _check_weights_agree(self) -> None:
+        """After a fit that failed: have all ranks of the module's weights come equally far?
+
+        Raises:
+            ModuleError: on every rank, if they have not.
+        """
+        module = self.lightning_module
+        if self.world_size == 1 or not isinstance(module, MegatronModule):
+            return
+        steps: list[Any] = [None] * self.world_size
+        dist.all_gather_object(steps, module.failed_after)
+        module.failed_after = None
+        lazily = self._ddp_options["overlap_param_gather"]
+        if any(step is not None for step in steps) and (lazily or len(set(steps)) > 1):
+            after = (
+                f"after different steps (by rank: {steps})" if len(set(steps)) > 1 else "before weights were gathered"
+            )
+            raise ModuleError(
+                f"A fit of this {type(module).__name__} failed on its ranks {after}, so they hold weights that do not "
+                "fit each other. Make a new module, and pass ckpt_path=... to continue from a checkpoint."
+            )
 
     @override
     def teardown(self) -> None:
-        """Release the accelerator's own resources; groups and weights stay, since saving after a fit is legal."""
+        """Release the accelerator's own resources; groups and weights stay, since saving after a fit is legal.
+
+        After a failure on several ranks the groups end too: what they exchanged last may be incomplete.
+        """
         if self._checkpoint_saver is not None:
             self._checkpoint_saver.finish(abort_all)
         if self._watch is not None:
             self._watch.close()
             self._watch = self._signals = None
+        if self._failed:
+            self._failed = False
+            self._end_groups()
         release_recorded()
         self.precision_plugin.teardown()
         assert self.accelerator is not None

@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 MAX_RANKS = 4
@@ -72,7 +73,12 @@ class RankPool:
         return [results[rank] for rank in range(world_size)]
 
     def attempt(
-        self, function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0, absent: int | None = None
+        self,
+        function: Callable[..., Any],
+        world_size: int,
+        *args: Any,
+        timeout: float = 120.0,
+        absent: int | None = None,
     ) -> tuple[dict[int, Any], dict[int, str]]:
         """As :meth:`run`, but failures are returned: results and tracebacks by rank.
 
@@ -116,8 +122,11 @@ class RankPool:
     def _stack(self, rank: int) -> str:
         path = _stack_file(self._processes[rank].pid)
         os.kill(self._processes[rank].pid, signal.SIGUSR2)
-        self._processes[rank].join(0.5)
-        return open(path).read() if os.path.exists(path) else ""
+        for _ in range(10):  # a busy machine takes its time
+            self._processes[rank].join(0.5)
+            if os.path.exists(path) and os.path.getsize(path):
+                break
+        return Path(path).read_text() if os.path.exists(path) else ""
 
 
 def _stack_file(pid: int) -> str:

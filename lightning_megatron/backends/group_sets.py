@@ -3,7 +3,8 @@
 torch keeps each group, with its descriptors and threads, until someone destroys it, and megatron-core makes more than
 twenty for any layout. A strategy must not destroy its own at the end of a fit, since saving and generating after it
 are legal. So a new strategy of an equal layout takes the groups that are there, and one of another layout first
-destroys those that nothing refers to any more. That happens at the same point of the program on every rank.
+destroys those that nothing refers to any more. When the garbage collector finds that out differs from rank to rank, so
+the ranks agree on what they take.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ class GroupSet:
     """The groups of one layout; megatron-core's, those that ``make`` added, and those asked for later."""
 
     key: Hashable
+    number: int
+    """Counts the sets of the default group, the same on every rank."""
     collection: ProcessGroupCollection
     extra: Any
     """What ``make`` returned."""
@@ -69,31 +72,47 @@ class _Made:
 
 
 _made: list[_Made] = []
+_numbers: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
+"""How many sets each default group has had."""
 
 
 def group_set(key: Hashable, make: Callable[[], Any]) -> GroupSet:
-    """The living set with this key, or a new one; megatron-core's global state is that of the set.
+    """The newest set with this key that lives on all ranks, or a new one; megatron-core's global state is that of it.
+
+    Every rank calls this.
 
     Args:
         key: all that the groups depend on.
         make: initializes megatron-core's groups, and may make more.
     """
-    for made in _made:
-        found = made.owner()
-        if found is not None and found.key == key and found.usable:
-            found.install()
-            return found
-    destroy_unused()
-    before = set(distributed_c10d._world.pg_map)
     world = dist.group.WORLD
     assert world is not None
+    owners = [made.owner() for made in _made]
+    living = {owner.number: owner for owner in owners if owner is not None and owner.key == key and owner.usable}
+    everywhere = _on_all_ranks(set(living))
+    if everywhere:
+        found = living[max(everywhere)]
+        found.install()
+        return found
+    del owners, living  # so that what nothing else refers to is destroyed
+    destroy_unused()
+    before = set(distributed_c10d._world.pg_map)
+    number = _numbers[world] = _numbers.get(world, 0) + 1
     parallel_state.destroy_model_parallel()  # also what an initialisation that broke off has left
     with recorded(), connected_when_used():
         extra = make()
     collection = ProcessGroupCollection.use_mpu_process_groups()
-    new = GroupSet(key, collection, extra, _state(), weakref.ref(world))
+    new = GroupSet(key, number, collection, extra, _state(), weakref.ref(world))
     _made.append(_Made(weakref.ref(collection), weakref.ref(new), _new_since(before)))
     return new
+
+
+def _on_all_ranks(numbers: set[int]) -> set[int]:
+    if dist.get_world_size() == 1:
+        return numbers
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, numbers)
+    return set.intersection(*told)
 
 
 def destroy_unused() -> None:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from lightning_megatron.backends.core import parallel_state
+from lightning_megatron.backends.rendezvous import meet_again
 
 _INTERNET = (socket.AF_INET, socket.AF_INET6)
 _CONNECTIONS: set[int] = set()
@@ -134,6 +135,36 @@ def abort_all() -> None:
     for inode, descriptor in _internet_sockets().items():
         if inode in _CONNECTIONS:
             _shut(descriptor)
+
+
+def end_all(address: str, port: int) -> None:
+    """End all groups of this process after a failure, so that its next run makes new ones at the same address.
+
+    A rank may have failed between the two halves of an exchange, of which another run would then take the rest for its
+    own. Ranks that have not failed notice by :func:`all_are_connected`.
+    """
+    release_recorded()
+    store = distributed_c10d._get_default_store()
+    abort_all()
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+    _CONNECTIONS.clear()
+    stay_at_exit()
+    meet_again(address, port, store)
+
+
+def all_are_connected() -> bool:
+    """Whether the default group still works on every rank; all of them ask at the same time.
+
+    NCCL's has no connections that a failed rank would have closed: there it is true.
+    """
+    if dist.get_backend() != "gloo":
+        return True
+    try:
+        dist.barrier()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _shut(descriptor: int) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import ipaddress
 import os
 import socket
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -15,13 +17,28 @@ from lightning_megatron.errors import RendezvousError
 _INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
+@dataclass
+class _Ended:
+    """What is left of a run whose process groups have ended by a failure."""
+
+    meetings: int
+    """How often its ranks have met at this address."""
+    server: dist.Store | None
+    """The store that this process serves there. It stays: a rank that is early would reach a server that is about to
+    end."""
+
+
+_ended: dict[tuple[str, int], _Ended] = {}
+
+
 def meet(
     address: str, port: int, rank: int, world_size: int, *, timeout: timedelta, connect_timeout: timedelta
 ) -> dist.Store:
     """The store through which the process groups of this run are made; for more than one process.
 
     torch's own server listens on all interfaces. For a loopback address, rank 0 gives it a socket that listens there
-    alone. Under torchrun the store is the agent's.
+    alone. Under torchrun the store is the agent's. After :func:`meet_again` the server is the one before, and the keys
+    are others.
 
     Args:
         timeout: how long rank 0 waits for the others, and what asks the store later waits.
@@ -31,9 +48,10 @@ def meet(
         RendezvousError: nothing answers at the address, or other ranks do not come.
     """
     of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    before = _ended.get((address, port))
     store: dist.Store
     try:
-        if rank == 0 and not of_agent:
+        if rank == 0 and not of_agent and before is None:
             listener = _loopback_listener(address, port)
             if listener is None:
                 store = next(rendezvous(f"tcp://{_in_url(address)}:{port}", rank, world_size, timeout=timeout))[0]
@@ -55,7 +73,23 @@ def meet(
             "where ranks start further apart, raise the strategy's connect_timeout."
         ) from error
     store.set_timeout(timeout)
-    return store
+    return store if before is None else dist.PrefixStore(f"meeting {before.meetings}", store)
+
+
+def meet_again(address: str, port: int, store: dist.Store) -> None:
+    """Let the ranks of this process's next run meet at the same address, after their groups have ended.
+
+    Args:
+        store: through which those groups were made; the server is kept by it.
+    """
+    ended = _ended.pop((address, port), None)
+    if ended is None and _ended:
+        _ended.clear()  # of runs at other addresses
+    if ended is None:
+        ended = _Ended(0, store)
+        atexit.register(_ended.clear)
+    ended.meetings += 1
+    _ended[address, port] = ended
 
 
 def serve(address: str, timeout: timedelta) -> dist.TCPStore:

@@ -159,6 +159,9 @@ class PeerWatch:
         if self._leaving.is_set():
             return
         self._tell({"bye": True})
+        last = self._step()
+        # Rank 0's thread goes on, and must not keep the Trainer, whose modules refer to the process groups.
+        self._step, self._is_saving = (lambda: last), (lambda: False)
         self._leaving.set()
         if self.rank:
             self._thread.join(2 * _INTERVAL)  # rank 0's goes on until all have left

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import os
 import subprocess
@@ -66,6 +67,26 @@ def test_fits_of_one_process_keep_no_groups(ranks: RankPool, tmp_path: Path) -> 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_many_fits_keep_no_groups(name: str, ranks: RankPool, tmp_path: Path) -> None:
     check(ranks, name, 12, tmp_path)
+
+
+def kept_on_one_rank(world_size: int) -> list[int]:
+    """Steps of fits of which rank 0 keeps the Trainers, and so their groups, and the other lets them go."""
+    kept, steps = [], []
+    for layout in ({}, TP2, {}, TP2):
+        module = make_module()
+        trainer = quiet_trainer(lm.MegatronStrategy(**layout, micro_batch_size=2, seed=7), world_size, max_steps=1)
+        trainer.fit(module, SharedLoader(module, length=8))
+        steps.append(trainer.global_step)
+        if trainer.global_rank == 0:
+            kept.append(trainer)
+        del trainer, module
+        gc.collect()
+    return steps
+
+
+def test_ranks_agree_on_the_groups_that_they_take(ranks: RankPool) -> None:
+    """When a Trainer goes that nothing refers to is up to each process's garbage collector."""
+    assert ranks.run(kept_on_one_rank, 2, 2, timeout=60.0) == [[1, 1, 1, 1]] * 2
 
 
 def test_rank_0_that_does_not_listen_is_named() -> None:

@@ -67,9 +67,7 @@ def test_replicas_with_different_numbers_of_training_batches(ranks: RankPool) ->
         (True, "error", {"limit_train_batches": 2}),
         (False, "error", {"limit_train_batches": 2}),
     ]
-    # After a failed fit the connections of its processes are gone, so each refusal has a run of its own.
-    runs = [ranks.run(uneven, 2, part) for part in ([cases[0]], [cases[1]], cases[2:])]
-    first, second = ([result for run in runs for result in run[rank]] for rank in range(2))
+    first, second = ranks.run(uneven, 2, cases)
     assert first == second
     assert first[0].startswith("DataError: The replicas have different numbers of training batches (by rank: 3, 5)")
     assert "(by replica: 3, more than 3)" in first[1]

@@ -100,13 +100,12 @@ def test_silence_counts_after_the_timeout() -> None:
 
 
 def test_rank_0_does_not_wait_for_a_rank_that_is_stopped() -> None:
-    with three(timeout=1.0) as (watches, aborted):
-        with watches[1]._peers[0].connection._lock:  # type: ignore[union-attr]
-            assert aborted[0].wait(5.0)
-            for rank in (0, 2):
-                watches[rank].close()
-            until(lambda: not watches[0]._thread.is_alive())
-            assert not watches[0].wait_until_left(0.0)  # a process that its launcher has to kill
+    with three(timeout=1.0) as (watches, aborted), watches[1]._peers[0].connection._lock:  # type: ignore[union-attr]
+        assert aborted[0].wait(5.0)
+        for rank in (0, 2):
+            watches[rank].close()
+        until(lambda: not watches[0]._thread.is_alive())
+        assert not watches[0].wait_until_left(0.0)  # a process that its launcher has to kill
 
 
 def test_a_failed_collective_names_the_silent_rank() -> None:
