@@ -713,10 +713,12 @@ class MegatronStrategy(DDPStrategy):
         trainer = self.lightning_module.trainer  # type: ignore[union-attr]
         callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
         last = {local_path(callback.last_model_path) for callback in callbacks if callback.last_model_path}
-        self._saver.wait()
+        error = self._saver.join()
         for path, weights_only in self._saver.skipped(trainer.global_step, last):
             trainer.save_checkpoint(path, weights_only)
         self._saver.wait()
+        if error is not None:
+            self._saver.report(error)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -771,6 +773,14 @@ class MegatronStrategy(DDPStrategy):
     @override
     def remove_checkpoint(self, filepath: Any) -> None:
         self._saver.remove(local_path(filepath))
+
+    def finish_saving(self) -> None:
+        """Wait until nothing is written in the background, so that the next save is made whatever ``when_busy`` says.
+
+        A save that has failed is warned of. Every rank calls it.
+        """
+        if self._checkpoint_saver is not None:
+            self._checkpoint_saver.settle()
 
     @property
     def saving_in_background(self) -> bool:

@@ -65,6 +65,7 @@ class Preemption(pl.Callback):
             return
         path = self._path(trainer)
         rank_zero_info(f"{self._received.name if self._received else 'A signal'}: saving {path} and leaving.")
+        trainer.strategy.finish_saving()  # with when_busy="skip" it would be skipped while another is written
         trainer.save_checkpoint(path)
         trainer.strategy.teardown()  # waits for what is written in the background
         if self._requeue and trainer.is_global_zero and "SLURM_JOB_ID" in os.environ:

@@ -77,7 +77,8 @@ class Saver:
         Args:
             step: the optimizer step of the state, and
             weights_only: what it holds, which :meth:`skipped` tells.
-            must: never skip it: the run ends.
+            must: never skip it, nor give it up for a save before it that has failed, and return when it is written:
+                the run ends.
 
         Raises:
             CheckpointError: it failed, unless errors are to be warned of.
@@ -87,10 +88,15 @@ class Saver:
             try:
                 snapshot.write(self.team)
             except CheckpointError as error:
-                self._report(error)
+                self.report(error)
             else:
                 self._complete(snapshot.path)
             return
+        self._save_in_background(snapshot, step, weights_only, must)
+        if must and self._thread is not None:
+            self._thread.join()  # a run that has failed ends the connections that the writing needs
+
+    def _save_in_background(self, snapshot: Snapshot, step: int, weights_only: bool, must: bool) -> None:
         if self._thread is not None and any(self.team.share(self.busy)):
             if all(self.team.share(self._is_staged(snapshot.tensors))):
                 self._start(snapshot)
@@ -103,7 +109,7 @@ class Saver:
                     "often. What it was to replace stays."
                 )
                 return
-        self.wait()
+        self._wait_for_all(must)
         self._stage(list(snapshot.tensors))
         self._start(snapshot)
 
@@ -164,13 +170,32 @@ class Saver:
         Raises:
             CheckpointError: what was written in the background failed, unless errors are to be warned of.
         """
+        if (error := self.join()) is not None:
+            self.report(error)
+
+    def join(self) -> CheckpointError | None:
+        """Until nothing is being written; why what was written in the background failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
             self.mend_links()
         error, self._error = self._error, None
-        if error is not None:
-            self._report(error)
+        return error
+
+    def settle(self) -> None:
+        """As :meth:`wait`, but a save that failed is warned of: what comes next must not be lost with it."""
+        try:
+            self.wait()
+        except CheckpointError as error:
+            rank_zero_warn(str(error))
+
+    def _wait_for_all(self, must: bool) -> None:
+        """As :meth:`wait`, or :meth:`settle` if any rank must save."""
+        if self._thread is not None:
+            self._thread.join()
+        if self._error is not None and any(self.team.share(must)):
+            self.settle()
+        self.wait()
 
     def finish(self, abort: Callable[[], None]) -> None:
         """As :meth:`wait`, at the end of a run or after an exception, which no other error must hide.
@@ -184,10 +209,7 @@ class Saver:
             if self._thread.is_alive():
                 abort()
         self.failed = False
-        try:
-            self.wait()
-        except CheckpointError as error:
-            rank_zero_warn(str(error))
+        self.settle()
 
     def remove(self, path: Path) -> None:
         """Remove a checkpoint, but not before the one that replaces it is whole."""
@@ -208,7 +230,8 @@ class Saver:
         if self.team.first:
             self._retention.complete(path)
 
-    def _report(self, error: CheckpointError) -> None:
+    def report(self, error: CheckpointError) -> None:
+        """Raise, or warn of, an error of a save, as the options say."""
         if self.options.on_error == "raise":
             raise error
         rank_zero_warn(f"{error} Training goes on; earlier checkpoints are intact.")
