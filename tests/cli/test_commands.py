@@ -102,7 +102,7 @@ def test_a_wrong_option_names_the_nearest(capsys: Any) -> None:
         (("config", "--yes", "--tp-degree", "many"), 2, "error:"),
         (("config", "--from-accelerate", "/no/such.yaml"), 2, "There is no file --from-accelerate=/no/such.yaml"),
         (("generate", "x.ckpt", "--prompts", "/no/such"), 2, "There is no file --prompts=/no/such"),
-        (("generate", "x.ckpt", "--tokenizer", "/no", "--prompt", "x"), 2, "(FileNotFoundError: it does not exist)"),
+        (("generate", "x.ckpt", "--tokenizer", "/no", "--prompt", "x"), 2, "from '/no': it does not exist"),
         (("convert", "--load-path", "x"), 2, "--save-path and --to are needed"),
         (("plan", "model=gpt2_large", "gpus=0"), 2, "gpus=0, but must be at least 1"),
         (
