@@ -204,22 +204,21 @@ def searches_in_the_fit() -> None:
 def test_no_step_and_lr_find(ranks: Any, tmp_path: Path) -> None:
     ranks.run(at_no_step, 1, tmp_path / "none")
     ranks.run(searches_in_the_fit, 1)
-    one, after, straight = ranks.run(finds_rate, 1, Case())[0]
+    _, after, straight = ranks.run(finds_rate, 1, Case())[0]
     assert after == straight
-    for rate, after, straight in ranks.run(finds_rate, 2, Case(2, TP2)):
-        assert after == straight
-        assert rate == one
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
-    [Case(2, distributed=True, ddp={"overlap_grad_reduce": True, "overlap_param_gather": True}), Case(2, PP2)],
-    ids=["dp2", "pp2"],
+    [Case(2, distributed=True, ddp=OVERLAP), Case(2, PP2), Case(2, TP2)],
+    ids=["dp2", "pp2", "tp2"],
 )
-def test_lr_find_on_replicas_and_stages(ranks: Any, case: Case) -> None:
-    for _, after, straight in ranks.run(finds_rate, 2, case):
+def test_lr_find_on_several_ranks(ranks: Any, case: Case) -> None:
+    one = ranks.run(finds_rate, 1, Case())[0][0]
+    for rate, after, straight in ranks.run(finds_rate, 2, case):
         assert after == straight
+        assert rate == pytest.approx(one, rel=1e-6)
 
 
 # ------------------------------------------------------------------------------------------- what saves in a window

@@ -301,19 +301,25 @@ def adapters_alone(path: str) -> str:
 
 
 def test_adapters_on_top_of_a_checkpoint_without_any(ranks: RankPool, tmp_path: Path) -> None:
-    path, adapted = str(tmp_path / "base"), str(tmp_path / "adapted")
+    path = str(tmp_path / "base")
     loss = ranks.run(base, 1, path)[0]
     expected, only = ranks.run(on_top, 1, ONE, path)[0]
     assert only
     assert expected[0] == pytest.approx(loss, abs=1e-6)  # adapters begin with nothing
     assert expected[2] < expected[0] - 1e-3
-    assert ranks.run(on_top, 1, ONE, path, True)[0] == (expected, True)
     for losses, only in ranks.run(on_top, 2, Case(2, TP2_SP), path):
         torch.testing.assert_close(losses, expected, atol=1e-5, rtol=0)
         assert only
     for message in ranks.run(refused, 2, LORA, path):
         assert "has no adapters of LoRA" in message
         assert f"InitialWeights('{path}')" in message
+
+
+@pytest.mark.slow
+def test_other_ways_to_and_from_adapters(ranks: RankPool, tmp_path: Path) -> None:
+    path, adapted = str(tmp_path / "base"), str(tmp_path / "adapted")
+    ranks.run(base, 1, path)
+    assert ranks.run(on_top, 1, ONE, path, True) == ranks.run(on_top, 1, ONE, path)
     assert "missing in it" in ranks.run(adapters_alone, 1, path)[0]
     ranks.run(four_steps, 1, ONE, LORA, {}, adapted, False)
     for message in ranks.run(refused, 2, None, adapted):
