@@ -130,6 +130,8 @@ class CheckpointMetadata:
         for field_name in ("model", "layout", "versions", "tokenizer"):
             if not isinstance(getattr(found, field_name), dict):
                 raise TypeError(f"{field_name} has no fields")
+        if not isinstance(found.tokenizer.get("source", ""), str):
+            raise TypeError(f"tokenizer.source={found.tokenizer['source']!r:.60}")
         if not isinstance(found.world_size, int):
             raise TypeError(f"world_size={found.world_size!r:.60}")
         return found

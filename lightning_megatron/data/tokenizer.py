@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lightning_megatron.data.indexed import PathLike
 from lightning_megatron.errors import DataError
-from lightning_megatron.json_files import check_regular
+from lightning_megatron.json_files import check_regular, read_object
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -130,6 +130,8 @@ _CODE = (
 )
 _FILES_LIMIT = 2**30
 """Bytes of a tokenizer's file. The largest published ones have a fiftieth of it."""
+_OBJECTS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
+"""JSON objects whose damage transformers reports without their names."""
 
 
 def _downloaded(name: str) -> Path:
@@ -151,8 +153,15 @@ def _check_files(path: Path) -> None:
     """Raise ValueError for a file that is no regular one, which could have no end, or too large."""
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         is_read = file == path or file.suffix in (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
-        if is_read and not file.is_dir() and check_regular(file) > _FILES_LIMIT:
-            raise ValueError(f"{file.name} has {file.stat().st_size:,} bytes, more than {_FILES_LIMIT:,}")
+        if not is_read or file.is_dir():
+            continue
+        try:
+            if check_regular(file) > _FILES_LIMIT:
+                raise ValueError(f"it has {file.stat().st_size:,} bytes, more than {_FILES_LIMIT:,}")
+            if file.name in _OBJECTS:
+                read_object(file)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{file.name}: {error}") from error
 
 
 def _load(source: Path | str, from_hub: bool, trust_remote_code: bool) -> Any:

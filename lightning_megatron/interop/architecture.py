@@ -134,12 +134,12 @@ def architecture(model_type: str, *, where: Any = None) -> Architecture:
     Raises:
         CheckpointError: it is not supported; the message names the nearest.
     """
-    if model_type not in _MODULES:
+    if not isinstance(model_type, str) or model_type not in _MODULES:
         near = difflib.get_close_matches(str(model_type), _MODULES, n=1, cutoff=0.0)[0]
         place = f" in {where}" if where else ""
         raise CheckpointError(
-            f"model_type={model_type!r}{place} is not supported. The nearest that is, by name, is {near!r}; all are "
-            f"{', '.join(_MODULES)}."
+            f"model_type={model_type!r:.60}{place} is not supported. The nearest that is, by name, is {near!r}; all "
+            f"are {', '.join(_MODULES)}."
         )
     module = importlib.import_module(f"lightning_megatron.interop.{_MODULES[model_type]}")
     return next(found for found in _of(module) if found.model_type == model_type)

@@ -115,7 +115,11 @@ def check_sizes(theirs: Mapping[str, Any], tensors: int, layer_fields: Collectio
         if isinstance(count, int) and count > tensors:
             raise ValueError(f"{name}={count}, but there are only {tensors} tensors for all layers.")
     labels = theirs.get("num_labels")
-    if isinstance(labels, int) and labels > MOST_LABELS:
+    if labels is None:
+        return
+    if not isinstance(labels, int) or isinstance(labels, bool) or labels < 0:
+        raise ValueError(f"num_labels={labels!r:.60}, but must be a whole number.")
+    if labels > MOST_LABELS:
         raise ValueError(f"num_labels={labels}, but at most {MOST_LABELS} are supported.")
 
 
@@ -184,4 +188,7 @@ def contradiction(path: Any, theirs: Mapping[str, Any], error: Exception) -> Che
     """The error of a configuration that cannot be a model here; transformers' own do not always name a field."""
     said = " ".join(str(error).split())
     told = "" if isinstance(error, ValueError) and any(name in said for name in theirs) else structure(theirs)
-    return CheckpointError(f"{path} cannot be a model here: {said[:500]}{told and f' It says {told}.'}")
+    return CheckpointError(
+        f"{path} cannot be a model here: {said[:500].rstrip('.')}.{told and f' It says {told}.'} Correct it there, or "
+        "fetch the directory again."
+    )

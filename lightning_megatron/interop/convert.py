@@ -254,7 +254,7 @@ def open_model(
         raise CheckpointError(f"{path} {what}; give a directory.")
     if os.path.lexists(path / OUR_FILE) or (path / LIGHTNING_FILE).is_file():  # ours, whole or not
         return ShardedCheckpoint.open_ours(path, exact=exact)
-    if (path / CONFIG_FILE).is_file():
+    if os.path.lexists(path / CONFIG_FILE):
         return HuggingFaceDirectory.open(path)
     iteration = _iteration(path)
     if (iteration / OUR_FILE).is_file():
@@ -265,7 +265,7 @@ def open_model(
         return _without_bias(legacy.LegacyCheckpoint.open(iteration, vocab_size=vocab_size, config=config))
     raise CheckpointError(
         f"{path} is no checkpoint: it has neither {OUR_FILE} (this package), nor {CONFIG_FILE} (Hugging Face), nor "
-        f"{TRACKER}, .metadata or mp_rank_TT[_PPP] (Megatron-LM)."
+        f"{TRACKER}, .metadata or mp_rank_TT[_PPP] (Megatron-LM). Give another directory."
     )
 
 

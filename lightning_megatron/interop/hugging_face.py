@@ -34,7 +34,7 @@ from lightning_megatron.interop.safetensors_files import (
     open_directory,
     parse_size,
 )
-from lightning_megatron.interop.shapes import check_stored, core_shape
+from lightning_megatron.interop.shapes import check_stored, check_type, core_shape
 from lightning_megatron.interop.sharding import pieces
 from lightning_megatron.json_files import read_object
 from lightning_megatron.lora import is_adapter
@@ -128,6 +128,8 @@ class HuggingFaceDirectory:
     def _check_shapes(self) -> None:
         made = []
         for entry in self._entries.values():
+            for name in entry.theirs:
+                check_type(self.tensors[name].dtype, name, self.path)
             rows = [self.tensors[name].shape[:1] for name in entry.theirs]
             if entry.core in VOCABULARY and all(rows):
                 entry.transform.core_rows([row[0] for row in rows])  # names vocab_size
@@ -207,8 +209,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         return read_object(path / CONFIG_FILE)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} has no {CONFIG_FILE}, so it is no directory of Hugging Face.") from error
-    except ValueError as error:
+        raise CheckpointError(
+            f"{path} has no {CONFIG_FILE}, so it is no directory of Hugging Face. Give another."
+        ) from error
+    except (ValueError, OSError) as error:
         raise CheckpointError(
             f"{path / CONFIG_FILE} is no JSON of a configuration: {error}. Fetch it again."
         ) from error

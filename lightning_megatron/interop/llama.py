@@ -70,6 +70,10 @@ def shared_config(theirs: Mapping[str, Any], tied: bool | None = None, **changes
             f"rope_parameters has {unknown}, which megatron-core's RoPE of type {kind!r} does not compute."
         )
     hidden, heads = size(theirs, "hidden_size"), size(theirs, "num_attention_heads")
+    if heads % size(theirs, "num_key_value_heads"):
+        raise ValueError(
+            f"num_key_value_heads={theirs['num_key_value_heads']} must be a divisor of num_attention_heads={heads}."
+        )
     return GPTConfig.llama(
         num_layers=size(theirs, "num_hidden_layers"),
         hidden_size=hidden,

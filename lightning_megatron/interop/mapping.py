@@ -306,7 +306,8 @@ def check_names(table: Table, names: Iterable[str], ignore: Iterable[str] = (), 
     if missing or left:
         raise CheckpointError(
             f"{where or 'The state dict'} does not fit the table of this architecture. "
-            f"Missing: {_some(missing)}. Unknown: {_some(sorted(left))}."
+            f"Missing: {_some(missing)}. Unknown: {_some(sorted(left))}. "
+            "Take the files of one model of this architecture."
         )
 
 

@@ -13,6 +13,7 @@ from lightning_megatron.errors import CheckpointError
 from lightning_megatron.interop.core_model import CoreSpec, Identity, module_name
 from lightning_megatron.interop.generation_settings import check_generation
 from lightning_megatron.layout import ParallelLayout
+from lightning_megatron.lora import LoRAConfig
 from lightning_megatron.models.config import BertConfig, GPTConfig, T5Config, TransformerModelConfig
 
 CONFIGS: dict[str, type[TransformerModelConfig]] = {
@@ -32,25 +33,34 @@ def described(model: Mapping[str, Any], where: Any) -> Identity:
     """
     kind = CONFIGS.get(str(model.get("module")))
     if kind is None:
-        raise CheckpointError(f"{where} holds a {model.get('module')}; only {', '.join(CONFIGS)} can be converted.")
+        raise CheckpointError(
+            f"{where} holds a {model.get('module')}; only {', '.join(CONFIGS)} can be converted. Load another."
+        )
     known = {field.name for field in fields(kind)}
     if not isinstance(model.get("config"), Mapping):
         raise CheckpointError(f"{where} is damaged: its model has no configuration. Load another checkpoint.")
     unknown = sorted(set(model["config"]) - known)
     if unknown:
-        raise CheckpointError(f"{where} has the fields {unknown}, which this version's {kind.__name__} does not.")
+        raise CheckpointError(
+            f"{where} has the fields {unknown}, which this version's {kind.__name__} does not. Upgrade "
+            "lightning_megatron, or load another checkpoint."
+        )
     try:
         config = kind.from_checkpoint(model["config"])
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{where} is damaged: its configuration is none: {error}. Load another.") from error
-    hugging_face = model.get("hugging_face") or {}
+    hugging_face = model.get("hugging_face", {})
     if not isinstance(hugging_face, Mapping):
         raise CheckpointError(f"{where} is damaged: its hugging_face has no fields. Load another checkpoint.")
-    generation = model.get("generation") or {}
+    generation = model.get("generation", {})
     try:
         check_generation(generation)
-    except (AttributeError, ValueError) as error:
-        raise CheckpointError(f"{where} is damaged: its generation settings: {error}. Load another.") from error
+        if "lora" in model:
+            LoRAConfig(**model["lora"])
+    except (AttributeError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{where} is damaged: its generation settings or adapters: {error}. Load another."
+        ) from error
     return Identity(config, hugging_face, generation=generation)
 
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from lightning_megatron.errors import CheckpointError
 from lightning_megatron.interop.mapping import Lazy
 
+_GAPS = 2**16
+"""Ids without a token that a small tokenizer may have."""
 _BLOCK = 2**22
 """Elements that are read at a time."""
 
@@ -87,9 +89,17 @@ def tokens_of(tokenizer: Any) -> int:
     """Rows that a vocabulary needs for a tokenizer: one above its largest id.
 
     Raises:
+        CheckpointError: its ids have gaps that no vocabulary has.
         DataError: it cannot be loaded.
     """
     from lightning_megatron.data.tokenizer import load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
-    return max(len(loaded), 1 + max(loaded.get_vocab().values(), default=0))
+    vocabulary = loaded.get_vocab()
+    largest = max(vocabulary.values(), default=0)
+    if largest >= 2 * len(vocabulary) + _GAPS:
+        raise CheckpointError(
+            f"The tokenizer has {len(vocabulary):,} tokens, but ids up to {largest:,}, which its vocabulary would need "
+            "rows for. Give a tokenizer whose ids have no such gaps."
+        )
+    return max(len(loaded), largest + 1)

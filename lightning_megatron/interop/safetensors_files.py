@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightning_megatron.errors import CheckpointError
-from lightning_megatron.json_files import read_object
+from lightning_megatron.json_files import check_regular, read_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -67,17 +68,21 @@ def open_directory(directory: Path) -> dict[str, StoredTensor]:
         CheckpointError: no safetensors there, a shard that the index names is missing or cut short, or one that lacks a
             tensor.
     """
-    if (directory / SINGLE_FILE).is_file():  # also beside an index, which is then stale; transformers does the same
+    if os.path.lexists(
+        directory / SINGLE_FILE
+    ):  # also beside an index, which is then stale; transformers does the same
         return _open_file(directory / SINGLE_FILE)
-    if not (directory / INDEX_FILE).is_file():
+    if not os.path.lexists(directory / INDEX_FILE):
         raise CheckpointError(_nothing(directory))
     try:
-        index: dict[str, str] = read_object(directory / INDEX_FILE, 64 * 2**20)["weight_map"]
-        names = sorted(set(index.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{directory / INDEX_FILE} is no index of safetensors shards: {error!r}.") from error
+        index = _weight_map(read_object(directory / INDEX_FILE, 64 * 2**20))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(
+            f"{directory / INDEX_FILE} is no index of safetensors shards: {error}. Fetch it again."
+        ) from error
+    names = sorted(set(index.values()))
     outside = [name for name in names if Path(name).name != name]
-    missing = [name for name in names if not (directory / name).is_file()]
+    missing = [name for name in names if not os.path.lexists(directory / name)]
     if outside or missing:
         what = f"names a file outside of it, {outside[0]}" if outside else f"lacks {', '.join(missing)}"
         raise CheckpointError(
@@ -86,7 +91,10 @@ def open_directory(directory: Path) -> dict[str, StoredTensor]:
     opened = {name: _open_file(directory / name) for name in names}
     lost = [name for name, file in index.items() if name not in opened[file]]
     if lost:
-        raise CheckpointError(f"{directory / index[lost[0]]} lacks {', '.join(lost[:5])}, which the index says it has.")
+        raise CheckpointError(
+            f"{directory / index[lost[0]]} lacks {', '.join(lost[:5])}, which the index says it has. "
+            "Fetch the directory again."
+        )
     return {name: opened[file][name] for name, file in index.items()}
 
 
@@ -96,10 +104,29 @@ def _nothing(directory: Path) -> str:
             f"{directory} holds pickled weights (pytorch_model.bin) and no safetensors. Load it with transformers, and "
             "save it again with save_pretrained."
         )
-    return f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}. Is it a directory that save_pretrained wrote?"
+    return f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}. Give a directory that save_pretrained wrote."
+
+
+def _weight_map(index: dict[str, Any]) -> dict[str, str]:
+    """The file of each tensor.
+
+    Raises:
+        ValueError: no names of tensors and files.
+    """
+    found = index.get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise ValueError(f"weight_map={found!r:.60}")
+    wrong = {name: file for name, file in found.items() if not isinstance(file, str) or not file}
+    if wrong:
+        raise ValueError(f"weight_map names the files {list(wrong.values())!r:.60}")
+    return found
 
 
 def _open_file(path: Path) -> dict[str, StoredTensor]:
+    try:
+        size = check_regular(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is no file of tensors: {error}. Fetch it again.") from error
     try:
         with safe_open(path, framework="pt") as opened:
             found = {}
@@ -108,12 +135,13 @@ def _open_file(path: Path) -> dict[str, StoredTensor]:
                 found[name] = StoredTensor(path, name, tuple(part.get_shape()), _DTYPES[part.get_dtype()])
             return found
     except (SafetensorError, OSError) as error:
-        size = path.stat().st_size
         raise CheckpointError(
             f"{path} is no whole safetensors file: {error}. It has {size} bytes; was it cut short? Fetch it again."
         ) from error
     except KeyError as error:
-        raise CheckpointError(f"{path} holds tensors of the type {error}, which is not supported.") from error
+        raise CheckpointError(
+            f"{path} holds tensors of the type {error}; only {', '.join(_DTYPES)} can be read."
+        ) from error
 
 
 # ---------------------------------------------------------------------------------------------------------- writing

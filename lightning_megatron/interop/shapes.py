@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from lightning_megatron.errors import CheckpointError
 from lightning_megatron.interop.core_model import VOCABULARY, CoreSpec
 from lightning_megatron.models.config import BertConfig, T5Config, TransformerModelConfig
@@ -109,6 +111,19 @@ def core_shape(config: TransformerModelConfig, name: str) -> tuple[int, ...] | N
     return (hidden,) if stem.endswith(("layernorm", "layer_norm")) else None
 
 
+def check_type(dtype: torch.dtype, name: str, path: Any) -> None:
+    """Check that a weight is a floating-point tensor.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    if not dtype.is_floating_point:
+        raise CheckpointError(
+            f"{name} in {path} is of the type {str(dtype).removeprefix('torch.')}, but weights are floating-point. "
+            "Take the files of a model that is not quantized, or fetch them again."
+        )
+
+
 def check_stored(
     made: Iterable[tuple[Sequence[str], Sequence[Sequence[int]]]], stored: Mapping[str, Any], path: Any
 ) -> None:
@@ -147,7 +162,7 @@ def check_specs(config: TransformerModelConfig, specs: Mapping[str, CoreSpec], p
     if missing or surplus:
         raise CheckpointError(
             f"{path} does not have the tensors of the model that {told_by} describes. Missing: {_some(missing)}. "
-            f"Surplus: {_some(surplus)}."
+            f"Surplus: {_some(surplus)}. Take the files of one model."
         )
     wrong: list[str] = []
     for name, spec in specs.items():
@@ -169,7 +184,8 @@ def _check_layers(config: TransformerModelConfig, names: Collection[str], path: 
     """Refuse a count of layers that could not be listed, let alone be there."""
     if config.pipeline_layers > len(names):
         raise CheckpointError(
-            f"{told_by} of {path} says num_layers={config.num_layers}, but there are only {len(names)} tensors."
+            f"{told_by} of {path} says num_layers={config.num_layers}, but there are only {len(names)} tensors. Take "
+            "the files of one model."
         )
 
 

@@ -68,7 +68,8 @@ class ShardedCheckpoint:
         checked = open_checked(path)
         metadata = checked.metadata
         identity = described(metadata.model, path)
-        tokenizer = Path(metadata.tokenizer.get("source") or ".")
+        source = metadata.tokenizer.get("source")
+        tokenizer = Path(source if isinstance(source, str) else ".")
         if tokenizer.is_absolute() and tokenizer.is_dir():
             identity = replace(identity, files=tokenizer)
         opened = cls._open(checked.files, exact, lambda specs: identity)

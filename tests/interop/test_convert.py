@@ -260,3 +260,27 @@ def test_the_tokenizer_that_a_checkpoint_names(ranks: Any, tmp_path: Path) -> No
 
     assert hf.AutoConfig.from_pretrained(tmp_path / "theirs").eos_token_id == 3
     assert hf.AutoTokenizer.from_pretrained(tmp_path / "theirs")("w5")["input_ids"] == [5]
+
+
+@pytest.mark.parametrize("stale", ["missing_shards", "other_values", "no_index"])
+def test_a_stale_index_beside_a_single_file(stale: str, tmp_path: Path) -> None:
+    """The single file is taken, as transformers takes it; an index that an earlier save left is not looked at."""
+    import transformers as hf
+
+    model = tiny.save("llama", tmp_path / "theirs", max_shard_size="1GB")
+    tiny.save("llama", tmp_path / "shards")
+    index = json.loads((tmp_path / "shards" / "model.safetensors.index.json").read_text())
+    if stale == "other_values":
+        for file in (tmp_path / "shards").glob("model-*.safetensors"):
+            from safetensors.torch import load_file, save_file
+
+            tensors = {name: tensor + 1 for name, tensor in load_file(file).items()}
+            save_file(tensors, tmp_path / "theirs" / file.name, metadata={"format": "pt"})
+    text = json.dumps(index) if stale != "no_index" else "[" * 1000
+    (tmp_path / "theirs" / "model.safetensors.index.json").write_text(text)
+    step(tmp_path / "theirs", tmp_path / "ours", "huggingface")
+    expected = hf.LlamaForCausalLM.from_pretrained(tmp_path / "theirs").state_dict()
+    found = hf.LlamaForCausalLM.from_pretrained(tmp_path / "ours").state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert torch.equal(found["model.norm.weight"], model.state_dict()["model.norm.weight"])

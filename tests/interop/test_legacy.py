@@ -310,3 +310,52 @@ def test_target_that_does_not_divide(tmp_path: Path) -> None:
     ):
         write("qwen2", tmp_path / "b", 4, 1)
     assert not (tmp_path / "b" / "files").exists()
+
+
+READ_BY_TRANSFORMERS: dict[str, tuple[str, ...]] = {
+    "gpt2": (
+        *("bias_gelu_fusion", "openai_gelu", "padded_vocab_size", "orig_vocab_size", "max_position_embeddings"),
+        *("hidden_size", "num_layers", "num_attention_heads", "ffn_hidden_size", "tensor_model_parallel_size"),
+        *("pipeline_model_parallel_size", "tokenizer_type", "params_dtype", "data_parallel_size"),
+    ),
+    "megatron_bert": (
+        *("tokenizer_type", "padded_vocab_size", "max_position_embeddings", "hidden_size", "num_layers"),
+        *("num_attention_heads", "ffn_hidden_size"),
+    ),
+}
+"""Arguments that the three converters of transformers 4.46 read or write, the last version that has all of them."""
+
+
+@pytest.mark.parametrize("name", READ_BY_TRANSFORMERS)
+def test_what_converters_of_transformers_read(name: str, tmp_path: Path) -> None:
+    """Arguments, keys, and their order: these converters stop at the first key of a stack that is no layer's."""
+    path, source = write(name, tmp_path, 1, 1)
+    content = torch.load(path / "release" / "mp_rank_00" / "model_optim_rng.pt", weights_only=False)
+    args, config = content["args"], source.identity.config
+    assert all(name in args for name in READ_BY_TRANSFORMERS[name])
+    assert (args.num_layers, args.hidden_size, args.num_attention_heads) == (2, 32, 4)
+    assert args.ffn_hidden_size == config.ffn_size
+    assert (args.orig_vocab_size, args.padded_vocab_size) == (tiny.VOCAB, 92)
+    assert args.max_position_embeddings == config.max_position_embeddings
+    assert (args.bias_gelu_fusion, args.openai_gelu) == (False, name == "gpt2")
+    assert args.tokenizer_type == ("GPT2BPETokenizer" if name == "gpt2" else "BertWordPieceLowerCase")
+    assert content["checkpoint_version"] >= 2.0
+    language = content["model"]["language_model"]
+    for table in ("word_embeddings", "position_embeddings"):
+        assert language["embedding"][table]["weight"].shape[1] == 32
+    keys = list(language["encoder"])
+    layers = [key for key in keys if re.match(r"layers\.(\d+)\.([a-z0-9_.]+)\.([a-z]+)", key)]
+    assert keys[: len(layers)] == layers
+    assert keys[len(layers) :] == ["final_layernorm.weight", "final_layernorm.bias"]
+    qkv = [key for key in layers if "query_key_value" in key]
+    assert [key.rpartition(".")[2] for key in qkv] == ["weight", "bias"] * 2
+    if name == "megatron_bert":
+        assert set(content["model"]["lm_head"]) == {
+            "dense.weight",
+            "dense.bias",
+            "layernorm.weight",
+            "layernorm.bias",
+            "bias",
+        }
+        assert set(content["model"]["binary_head"]) == {"weight", "bias"}
+        assert set(language["pooler"]) == {"dense.weight", "dense.bias"}
