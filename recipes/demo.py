@@ -139,6 +139,8 @@ def main() -> None:
         parser.error(f"--steps={arguments.steps}, but must be at least 1")
     started = time.monotonic()
     directory: Path = arguments.run_dir
+    if (directory / "train" / "checkpoints").is_dir():
+        parser.error(f"--run-dir={directory} holds an earlier demo; give another directory, or remove it")
     directory.mkdir(parents=True, exist_ok=True)
     _, _, baseline = prepare(directory)
     layout = layouts()

@@ -7,8 +7,9 @@ import lightning.pytorch as pl
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from lightning_megatron.cli.configuration import ConfigurationError, recipe, save_config
+from lightning_megatron.cli.configuration import ConfigurationError, recipe
 from lightning_megatron.cli.preflight import preflight
+from lightning_megatron.cli.run_directory import save_config
 from lightning_megatron.models.registry import module_for
 
 

@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 import lightning_megatron
 from lightning_megatron.cli import targets
 from lightning_megatron.cli.field_types import fits, parameters, spell
+from lightning_megatron.cli.run_directory import claimed
 from lightning_megatron.errors import CheckpointError, DataError, LayoutError, ModuleError
 from lightning_megatron.printable import printable
 
@@ -66,7 +67,8 @@ def recipe(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callabl
                 check(config, targets.typed(HydraConfig.get().overrides.task))
                 # Lightning warns of data that has no validation part, which is no mistake.
                 warnings.filterwarnings("ignore", message="Total length of `ReplicaDataLoader` across ranks is zero")
-                function(config)
+                with claimed(config):
+                    function(config)
 
         run = hydra.main(config_path=str(conf_dir()), config_name=config_name, version_base="1.3")(checked)
 
@@ -379,13 +381,3 @@ def _locate(name: Any, path: str, own: Collection[str]) -> Any:
         raise ConfigurationError(f"{path}._target_={name!r} may not be made by a configuration: {error}.") from error
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigurationError(f"{path}._target_={name!r} cannot be imported: {error}") from error
-
-
-def save_config(config: DictConfig) -> None:
-    """Write the resolved configuration beside the run, on one rank."""
-    from lightning.pytorch.utilities.rank_zero import rank_zero_only
-
-    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-        directory = Path(config.run_dir)
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
