@@ -193,3 +193,40 @@ def test_copies_and_validation(ranks: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_a_validation_rounds_no_averages(precision: str, ranks: Any, tmp_path: Path) -> None:
     ranks.run(validated, 2, tmp_path / "saved", precision)
+
+
+class Nudges(pl.Callback):
+    """Adds to all weights, after the first step, less than 16 bits can tell."""
+
+    def __init__(self) -> None:
+        self.before: list[torch.Tensor] = []
+        self.after: list[torch.Tensor] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            self.before = [weight.clone() for weight in weights_of(pl_module)]
+            with trainer.strategy.main_weights(), torch.no_grad():
+                for weight in pl_module.parameters():
+                    assert weight.dtype == torch.float32
+                    weight.mul_(1.0 + 2.0**-12)
+            self.after = [weight.clone() for weight in weights_of(pl_module)]
+            assert all(weight.dtype == torch.bfloat16 for weight in pl_module.parameters())
+
+
+def nudged(case: Case) -> None:
+    nudges, module = Nudges(), make_module()
+    trainer = make_trainer(case, nudges, max_steps=2)
+    trainer.fit(module, SharedLoader(module))
+    for before, after in zip(nudges.before, nudges.after, strict=True):
+        assert torch.equal(after, before * (1.0 + 2.0**-12))
+    assert float(trainer.callback_metrics["train_loss"]) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [Case(precision="bf16-mixed"), Case(2, distributed=True, ddp=OVERLAP, precision="bf16-mixed")],
+    ids=["one process", "dp2"],
+)
+def test_callbacks_of_users_see_main_weights(ranks: Any, case: Case) -> None:
+    ranks.run(nudged, case.world, case)

@@ -92,12 +92,15 @@ class MainWeights:
     def close(self) -> None:
         """Put the parameters back, with the values that were given to what took their place."""
         shown, self._shown = self._shown, []
-        self._exact = {}
+        without: dict[int, tuple[Tensor, Tensor]] = {}
         for owner, name, parameter, instead in shown:
             owner.register_parameter(name, parameter)
             parameter.copy_(instead)
-            if id(parameter) not in self._of and not torch.equal(parameter.float(), instead):
-                self._exact[id(parameter)] = instead.detach()
+            if id(parameter) not in self._of:
+                without[id(parameter)] = parameter, instead.detach()
+        rounded = [(parameter.float() != instead).any() for parameter, instead in without.values()]
+        flags = torch.stack(rounded).tolist() if rounded else []  # the host waits once
+        self._exact = {key: without[key][1] for key, is_rounded in zip(without, flags, strict=True) if is_rounded}
         for take_over in self._close:
             take_over()
         self._of, self._close = {}, []
