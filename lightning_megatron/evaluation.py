@@ -108,11 +108,13 @@ class ReduceAtEpochEnd(pl.Callback):
             pl_module.log(f"train_{name}", mean, batch_size=1)
 
     @override
-    def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         sync_over_replicas(pl_module)
+        pl_module.strategy.finish_evaluation()
 
     def _finish(self, stage: str, trainer: pl.Trainer, module: Any) -> None:
         sync_over_replicas(module)
+        module.strategy.finish_evaluation()
         several = num_loaders(trainer) > 1
         replicas = module.strategy.build_context.groups.dp
         results = trainer.callback_metrics

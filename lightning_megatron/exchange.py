@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
@@ -48,16 +48,23 @@ class Lockstep:
     """Keeps the reading ranks of all replicas at the same batch of training data.
 
     Training waits for every replica in each step, so the end of one replica's data, or an error in reading them, must
-    reach the others before that step. One all-reduce of four integers on the host does both.
+    reach the others before that step. One all-reduce of seven integers on the host does both.
 
     Args:
         group: the reading ranks of all replicas, in the order of the replicas.
         uneven: what happens when the data of one replica end before another's.
+        microbatches: micro-batches of a batch, for replicas that share experts, which must run as many of them.
     """
 
-    def __init__(self, group: dist.ProcessGroup, uneven: Uneven) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        uneven: Uneven,
+        microbatches: Callable[[dict[str, Any]], int] | None = None,
+    ) -> None:
         self._group = group
         self._uneven = uneven
+        self._microbatches = microbatches
 
     def __call__(
         self, batch: dict[str, Any] | None, error: Exception | None, number: int
@@ -68,15 +75,19 @@ class Lockstep:
             number: of the batch in its epoch.
         """
         stops = batch is None and error is None
-        state = torch.tensor([error is not None, stops, not stops, number, -number], dtype=torch.int64)
+        parts = 0 if batch is None or self._microbatches is None else self._microbatches(batch)
+        told = [error is not None, stops, not stops, number, -number, parts, -parts]
+        state = torch.tensor(told, dtype=torch.int64)
         dist.all_reduce(state, op=dist.ReduceOp.MAX, group=self._group)
-        failed, stopped, going_on, highest, lowest = state.tolist()
+        failed, stopped, going_on, highest, lowest, most, least = state.tolist()
         if failed:
             return None, self._shared(error)
         if highest != -lowest:
             return None, self._uneven_error((number, False))
         if stopped and going_on:
             return None, None if self._uneven == "drop" else self._uneven_error((number, stops))
+        if most != -least:
+            return None, self._unequal_batches(parts)
         return batch, None
 
     def _shared(self, error: Exception | None) -> Exception:
@@ -92,6 +103,13 @@ class Lockstep:
         told = self._gather(state)
         counts = (f"{'' if ended else 'more than '}{count}" for count, ended in told)
         return _SharedError(uneven_message(f"by replica: {', '.join(counts)}"))
+
+    def _unequal_batches(self, parts: int) -> Exception:
+        counts = ", ".join(map(str, self._gather(parts)))
+        return _SharedError(
+            "The replicas share experts, so each needs as many micro-batches in a training batch, but they have "
+            f"{counts} (by replica). Give them batches of one size: drop_last=True leaves out a smaller one at the end."
+        )
 
     def _gather(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self._group.size()

@@ -37,8 +37,12 @@ class Loaders:
         groups: ReplicaGroups,
         prepare: Callable[[Any], dict[str, Any]],
         seed: int,
+        microbatches: Callable[[dict[str, Any]], int] | None = None,
     ) -> ReplicaDataLoader:
         """A loader that one rank of each replica reads.
+
+        Args:
+            microbatches: micro-batches of a batch, if all replicas need as many.
 
         Raises:
             DataError: on every rank, if the loader has a length or batches on some ranks only.
@@ -48,7 +52,7 @@ class Loaders:
         training = module.trainer.training
         lockstep, num_batches = None, None
         if groups.num_replicas > 1:
-            lockstep, num_batches = self._agree(loader, module, groups)
+            lockstep, num_batches = self._agree(loader, module, groups, microbatches)
         wrapped = ReplicaDataLoader(
             loader,
             groups,
@@ -64,7 +68,11 @@ class Loaders:
         return wrapped
 
     def _agree(
-        self, loader: Any, module: pl.LightningModule, groups: ReplicaGroups
+        self,
+        loader: Any,
+        module: pl.LightningModule,
+        groups: ReplicaGroups,
+        microbatches: Callable[[dict[str, Any]], int] | None,
     ) -> tuple[Lockstep | None, int | None]:
         """How the replicas stay together, and the batches of an epoch where not all are read."""
         trainer = module.trainer
@@ -81,7 +89,7 @@ class Loaders:
         if len(known) > 1 and self._uneven == "error":
             return None, None  # compare_lengths sees what a limit leaves of them
         assert groups.readers is not None
-        return Lockstep(groups.readers, self._uneven), min(known) if len(known) > 1 else None
+        return Lockstep(groups.readers, self._uneven, microbatches), min(known) if len(known) > 1 else None
 
     def compare_lengths(self, trainer: pl.Trainer) -> None:
         """Once after loaders were made: do all replicas train on as many batches?

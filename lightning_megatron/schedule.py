@@ -16,6 +16,7 @@ import torch
 from lightning_megatron.backends.core import ProcessGroupCollection, get_forward_backward_func
 from lightning_megatron.errors import DataError, ModuleError
 from lightning_megatron.layout import ParallelLayout
+from lightning_megatron.shared_experts import Filler, SharedExperts
 from lightning_megatron.totals import MAIN_TERM, METRIC, TERM, Totals, TotalsReducer, on_device
 
 Batch = Mapping[str, Any]
@@ -183,6 +184,7 @@ class Schedule:
         self._over_replicas = TotalsReducer(groups.dp_cp, groups.pp, device)
         self._in_replica = TotalsReducer(groups.cp, groups.pp, device)
         self._count_tokens = count_tokens
+        self._experts = SharedExperts(groups.ep, device) if groups.ep.size() > 1 else None
         self._term_weights: Mapping[str, torch.Tensor] | None = None
         # What megatron-core adds up: its counter takes whole numbers alone.
         self._no_tokens = torch.zeros((), dtype=torch.int, device=device)
@@ -207,6 +209,23 @@ class Schedule:
         self._term_weights, self._training = term_weights, not forward_only
         samples, sequence, count = self.sizes(batch)
         microbatches = split_batch(self._module.local_batch(batch), count, has_data=self._has_data)
+        if forward_only and self._experts is not None:
+            microbatches = self._experts.fill(microbatches, samples // count, sequence)
+        records = self._run_all(microbatches, sequence, samples // count, forward_only=forward_only)
+        totals = Totals.of(records, self._device) if self._is_last else None
+        return StepResult((self._in_replica if forward_only else self._over_replicas)(totals))
+
+    def finish_evaluation(self) -> None:
+        """After the last batch of this replica: run what other replicas need that share experts with it."""
+        while self._experts is not None and (fillers := self._experts.fillers()):
+            self._training = False
+            samples, sequence = self._experts.shape
+            self._run_all(fillers, sequence, samples, forward_only=True)
+
+    def _run_all(
+        self, microbatches: Sequence[dict[str, Any]], sequence: int, samples: int, *, forward_only: bool
+    ) -> list[dict[str, Any]]:
+        """Records of the micro-batches, of ``samples`` samples each, on the last stage."""
         iterators = [iter(microbatches) for _ in self._chunks]
         with ExitStack() as stack:
             if forward_only:
@@ -214,17 +233,16 @@ class Schedule:
                 # embeddings, would then be unusable in the training steps that follow.
                 stack.enter_context(torch.inference_mode(False))
                 stack.enter_context(torch.no_grad())
-            records = self._run(
+            records: list[dict[str, Any]] = self._run(
                 forward_step_func=self._forward_step,
                 data_iterator=iterators if len(iterators) > 1 else iterators[0],
                 model=self._chunks if len(self._chunks) > 1 else self._chunks[0],
-                num_microbatches=count,
+                num_microbatches=len(microbatches),
                 seq_length=sequence,
-                micro_batch_size=samples // count,
+                micro_batch_size=samples,
                 forward_only=forward_only,
             )
-            totals = Totals.of(records, self._device) if self._is_last else None
-            return StepResult((self._in_replica if forward_only else self._over_replicas)(totals))
+            return records
 
     def late_metrics(self) -> dict[str, torch.Tensor]:
         """Means of metrics that the last training step has had for the first time and could not report yet."""
@@ -248,7 +266,11 @@ class Schedule:
         self, microbatches: Iterator[dict[str, Any]], chunk: torch.nn.Module
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]]:
         microbatch = next(microbatches)
-        return self._module.forward_step(chunk, microbatch), partial(self._loss, microbatch)
+        output = self._module.forward_step(chunk, microbatch)
+        return output, self._no_loss if isinstance(microbatch, Filler) else partial(self._loss, microbatch)
+
+    def _no_loss(self, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        return torch.zeros((), device=self._device), self._no_tokens, {}
 
     def _loss(
         self, microbatch: dict[str, Any], output: torch.Tensor

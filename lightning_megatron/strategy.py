@@ -513,7 +513,13 @@ class MegatronStrategy(DDPStrategy):
             get_temp_dir()
         assert isinstance(module, MegatronModule)
         prepare = module.prepare_prompts if module.trainer.predicting else self._prepare_batch
-        return self._loaders.wrap(dataloader, module, self._replica, prepare, self.build_context.seed)
+        joined = self.layout.expert_model_parallel_size > self.layout.context_parallel_size  # experts join replicas
+        microbatches = self._microbatches if joined else None
+        return self._loaders.wrap(dataloader, module, self._replica, prepare, self.build_context.seed, microbatches)
+
+    def _microbatches(self, batch: Batch) -> int:
+        assert self._schedule is not None
+        return self._schedule.sizes(batch)[2]
 
     def _prepare_batch(self, batch: Any) -> dict[str, Any]:
         """A batch as the module wants it, whose sizes the schedule has checked before it goes to other ranks."""
@@ -542,6 +548,11 @@ class MegatronStrategy(DDPStrategy):
     def late_metrics(self) -> dict[str, Tensor]:
         """Metrics of training that its last step had for the first time and did not report. Every rank calls this."""
         return {} if self._schedule is None else self._schedule.late_metrics()
+
+    def finish_evaluation(self) -> None:
+        """Called on every rank after the last batch of validation, test or prediction on its replica."""
+        assert self._schedule is not None
+        self._schedule.finish_evaluation()
 
     def _loss_counts(self, batch: Batch) -> dict[str, Tensor] | None:
         """Counts of each term of the loss over the batches of this replica in the window that ``batch`` begins."""

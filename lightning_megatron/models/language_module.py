@@ -21,7 +21,7 @@ from lightning_megatron.models.parameters import parameter_report
 from lightning_megatron.models.transformer_config import BuildContext
 from lightning_megatron.module import MegatronModule
 from lightning_megatron.optim.config import OptimizerConfig
-from lightning_megatron.schedule import Batch
+from lightning_megatron.schedule import Batch, batch_size
 
 if TYPE_CHECKING:
     from lightning_megatron.interop.hugging_face import HuggingFaceDirectory
@@ -246,7 +246,7 @@ class LanguageModelModule(MegatronModule):
             return super().predict_step(batch, batch_idx, dataloader_idx)
         with self._logits() as logits:
             result = self.strategy.run_schedule(batch, forward_only=True)
-        return {"loss": result.loss, "logits": self._spread(logits)}
+        return {"loss": result.loss, "logits": self._spread(logits, batch_size(batch))}
 
     @override
     def _evaluate(self, name: str, batch: Batch, dataloader_idx: int) -> Any:
@@ -254,7 +254,7 @@ class LanguageModelModule(MegatronModule):
             return super()._evaluate(name, batch, dataloader_idx)
         with self._logits() as logits:
             loss = super()._evaluate(name, batch, dataloader_idx)
-        return {"loss": loss, "logits": self._spread(logits)}
+        return {"loss": loss, "logits": self._spread(logits, batch_size(batch))}
 
     @contextmanager
     def _logits(self) -> Iterator[list[Tensor]]:
@@ -269,9 +269,9 @@ class LanguageModelModule(MegatronModule):
             for chunk in ends:
                 chunk.kept_logits = None
 
-    def _spread(self, kept: list[Tensor]) -> Tensor | None:
+    def _spread(self, kept: list[Tensor], samples: int) -> Tensor | None:
         groups, layout = self.strategy.build_context.groups, self.strategy.layout
-        logits = torch.cat(kept) if kept else None
+        logits = torch.cat(kept)[:samples] if kept else None  # what follows was run for other replicas alone
         if logits is not None and layout.context_parallel_size > 1:
             parts = [torch.empty_like(logits) for _ in range(layout.context_parallel_size)]
             dist.all_gather(parts, logits.contiguous(), group=groups.cp)
