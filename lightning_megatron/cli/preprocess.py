@@ -76,9 +76,11 @@ def _preprocess(args: argparse.Namespace, console: Any) -> None:
 
     from lightning_megatron.data.preprocessing import PreprocessOptions, preprocess
     from lightning_megatron.data.preprocessing import Progress as Reached
+    from lightning_megatron.data.preprocessing.sources import input_bytes
     from lightning_megatron.data.tokenizer import load_tokenizer
 
     _require(args, "output", "tokenizer")
+    input_bytes(args.inputs)  # a missing input is told before a tokenizer is loaded
     tokenizer = load_tokenizer(args.tokenizer, from_hub=args.from_hub, trust_remote_code=args.trust_remote_code)
     options = PreprocessOptions(
         keys=tuple(args.keys),
