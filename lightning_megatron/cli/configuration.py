@@ -115,8 +115,8 @@ def _check_hydra(root: str, overrides: Sequence[str], directories: Sequence[Path
     lines = _one_of_each([_parsed(override) for override in overrides])
     node = _compose(root, lines, directories, with_hydra=True).hydra
     own = targets.typed(overrides)
-    for path, found in targets.nodes(node, "hydra"):
-        if reason := targets.refusal(found._get_node("_target_")._value(), path, own, targets.HYDRA):
+    for path, found in _targets(node, "hydra"):
+        if reason := targets.refusal(_value(found, "_target_", f"{path}._target_"), path, own, targets.HYDRA):
             raise ConfigurationError(reason)
 
 
@@ -342,7 +342,7 @@ def check(config: DictConfig, own: Collection[str] = ()) -> None:
         own: targets that the user typed; see :mod:`lightning_megatron.cli.targets`.
     """
     _check_missing(config)
-    for path, node in targets.nodes(config):
+    for path, node in _targets(config):
         target = _locate(_value(node, "_target_", f"{path}._target_"), path, own)
         hints, takes_any = parameters(target)
         for name in node:
@@ -358,7 +358,7 @@ def check(config: DictConfig, own: Collection[str] = ()) -> None:
 
 
 def _check_missing(config: DictConfig) -> None:
-    for path, node in [("", config), *targets.nodes(config)]:
+    for path, node in [("", config), *_targets(config)]:
         for name in map(str, node):
             if OmegaConf.is_missing(node, name):
                 field = f"{path}.{name}" if path else name
@@ -370,6 +370,13 @@ def _value(node: DictConfig, name: Any, field: str) -> Any:
         return OmegaConf.to_object(node[name]) if OmegaConf.is_config(node[name]) else node[name]
     except OmegaConfBaseException as error:
         raise ConfigurationError(f"{field}: {str(error).splitlines()[0]}") from error
+
+
+def _targets(node: Any, path: str = "") -> list[tuple[str, DictConfig]]:
+    try:
+        return list(targets.nodes(node, path))
+    except RecursionError:
+        raise ConfigurationError(f"{path or 'The configuration'} holds an interpolation of itself.") from None
 
 
 def _locate(name: Any, path: str, own: Collection[str]) -> Any:

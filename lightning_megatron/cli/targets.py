@@ -15,6 +15,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig
+from omegaconf.base import Node
 
 ALLOWED = (
     "lightning_megatron",
@@ -65,17 +66,23 @@ def _written(value: Any) -> Iterator[str]:
 
 
 def nodes(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:
-    """Path and node of everything that has a ``_target_``, in lists too, without resolving interpolations."""
-    if isinstance(node, DictConfig):
-        if node._is_missing() or node._is_none() or node._is_interpolation():
-            return
-        if "_target_" in node:
-            yield path, node
-        for key in node:
-            yield from nodes(node._get_node(key), f"{path}.{key}" if path else str(key))
-    elif isinstance(node, ListConfig) and not (node._is_missing() or node._is_none() or node._is_interpolation()):
+    """Path and node of everything that has a ``_target_``, in lists and behind interpolations too, as Hydra finds it.
+
+    Raises:
+        RecursionError: a node that is inside of itself.
+    """
+    if isinstance(node, Node) and node._is_interpolation():
+        node = node._maybe_dereference_node()  # None if a value is missing
+    if not isinstance(node, (DictConfig, ListConfig)) or node._is_missing() or node._is_none():
+        return
+    if isinstance(node, ListConfig):
         for index in range(len(node)):
             yield from nodes(node._get_node(index), f"{path}[{index}]")
+        return
+    if "_target_" in node:
+        yield path, node
+    for key in node:
+        yield from nodes(node._get_node(key), f"{path}.{key!s}" if path else str(key))
 
 
 def refusal(name: object, path: str, own: Collection[str], allowed: Iterable[str] = ALLOWED) -> str | None:

@@ -191,10 +191,10 @@ class LanguageModelModule(MegatronModule):
 
     @override
     def describe(self) -> dict[str, Any]:
-        described = {"module": f"{self.config_type.__name__.removesuffix('Config')}Module"}
-        described |= {"config": asdict(self.config)}  # type: ignore[dict-item]
+        described: dict[str, Any] = {"module": f"{self.config_type.__name__.removesuffix('Config')}Module"}
+        described |= {"config": asdict(self.config)}
         if self.lora is not None:
-            described |= {"lora": asdict(self.lora)}  # type: ignore[dict-item]
+            described |= {"lora": asdict(self.lora)}
         if self.pretrained is not None:
             described |= {"hugging_face": dict(self.pretrained.theirs)}
             if self.pretrained.generation:

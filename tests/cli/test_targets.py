@@ -61,6 +61,21 @@ def test_resolved_targets_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
         check(OmegaConf.create({"a": {"_target_": 3}}))
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        "${oc.create:{_target_:pandas.read_pickle}}",
+        "${oc.decode:'{_target_: pandas.read_pickle}'}",
+        ["${oc.create:{_target_:pandas.read_pickle}}"],
+        "${behind}",
+    ],
+)
+def test_targets_behind_interpolations(value: Any) -> None:
+    config = OmegaConf.create({"trainer": {"x": value}, "behind": {"y": "${oc.create:{_target_:pandas.read_pickle}}"}})
+    with pytest.raises(ConfigurationError, match=r"'pandas.read_pickle' is nothing that"):
+        check(config)
+
+
 def test_what_the_user_names(monkeypatch: pytest.MonkeyPatch) -> None:
     fraction = "fractions.Fraction"
     for override in (f"+callbacks.x={{_target_: {fraction}}}", f"++callbacks.x={{_target_: {fraction}}}"):
