@@ -299,7 +299,9 @@ def test_replicas_and_tensor_parallel_ranks_resume_alike(ranks: RankPool, tmp_pa
     assert not check(cases, ranks.run(resumed, 2, cases, tmp_path))
 
 
+@pytest.mark.skipif(os.environ.get("LONG_TESTS") != "1", reason="half an hour of fits; LONG_TESTS=1 runs it")
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 @pytest.mark.parametrize(("world", "layout"), [(1, None), (2, {}), (2, {"tp": 2})])
 def test_every_kind_of_loader_and_cut(
     ranks: RankPool, tmp_path: Path, world: int, layout: dict[str, Any] | None
