@@ -39,6 +39,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--sentence-splitter", choices=["auto", "nltk", "simple"], default="auto")
     parser.add_argument("--language", default="english", help="of nltk's splitter")
     parser.add_argument("--text-separator", help="between the documents of a text file, such as '\\n\\n'")
+    parser.add_argument(
+        "--max-document-bytes", type=int, metavar="N", default=256 << 20, help="a longer document is an error (256 MiB)"
+    )
     parser.add_argument("--empty-documents", choices=["error", "skip", "keep"], default="error")
     parser.add_argument("--engine", choices=["tokenizers", "gigatoken"], default="tokenizers")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
@@ -92,6 +95,7 @@ def _preprocess(args: argparse.Namespace, console: Any) -> None:
         text_separator=args.text_separator.encode().decode("unicode_escape") if args.text_separator else None,
         empty_documents=args.empty_documents,
         engine=args.engine,
+        max_document_bytes=args.max_document_bytes,
     )
     columns = (
         TextColumn("{task.description}"),

@@ -213,6 +213,7 @@ class IndexedDatasetWriter:
                 self._checksums.update(piece)
         self._lengths: list[NDArray[np.int32]] = []
         self._boundaries: list[NDArray[np.int64]] = [np.zeros(1, dtype=np.int64)]
+        self._begun_tokens = 0  # of a sequence that is not in the index yet
         self.num_sequences = 0
         self.num_documents = 0
         self.num_tokens = 0
@@ -234,13 +235,15 @@ class IndexedDatasetWriter:
         sequences_per_document: Sequence[int] | NDArray[Any],
     ) -> None:
         """Append many documents: `[n]` tokens, `[s]` lengths adding up to `n`, `[d]` counts adding up to `s`."""
-        lengths = np.asarray(sequence_lengths, dtype=np.int64)
+        lengths = np.array(sequence_lengths, dtype=np.int64)
         counts = np.asarray(sequences_per_document, dtype=np.int64)
         if lengths.sum() != len(tokens) or counts.sum() != len(lengths):
             raise DataError(
                 f"{len(tokens)} tokens for sequence lengths adding up to {lengths.sum()}, and {len(lengths)} sequences "
                 f"for documents adding up to {counts.sum()}: they have to agree."
             )
+        if self._begun_tokens:
+            lengths[0] += self._begun_tokens
         if len(lengths) and lengths.max() > _MAX_SEQUENCE:
             raise DataError(
                 f"A sequence of {lengths.max()} tokens exceeds the format's limit of {_MAX_SEQUENCE}: split the "
@@ -248,6 +251,13 @@ class IndexedDatasetWriter:
             )
         self._write(self._as_tokens(tokens).tobytes())
         self._append_index(lengths, np.cumsum(counts))
+        self._begun_tokens = 0
+        self.num_tokens += len(tokens)
+
+    def add_part(self, tokens: Sequence[int] | TokenArray) -> None:
+        """Append `[n]` tokens of a document that is continued by the first sequence of what is added next."""
+        self._write(self._as_tokens(tokens).tobytes())
+        self._begun_tokens += len(tokens)
         self.num_tokens += len(tokens)
 
     def add_dataset(self, prefix: PathLike) -> None:

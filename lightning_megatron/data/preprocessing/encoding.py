@@ -1,5 +1,6 @@
 """Texts to token ids in bulk."""
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ class EncodedBlock:
     """Tokens of each sequence."""
     sequences: NDArray[np.int64]
     """Sequences of each document."""
+    unfinished: bool = False
+    """The tokens are the next part of a document that the next block continues."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,8 @@ class BlockEncoder:
         sequences = np.fromiter((len(text) if isinstance(text, list) else 1 for text in column), np.int64, len(column))
         texts = list(chain.from_iterable(text if isinstance(text, list) else (text,) for text in column))
         tokens, lengths = self.encode(texts)
+        if block.cut:
+            lengths, sequences = lengths.sum(keepdims=True), np.ones(1, dtype=np.int64)
         return self._assemble(tokens, lengths, sequences, block, key)
 
     def _assemble(
@@ -92,6 +97,21 @@ class BlockEncoder:
                 "produces ids beyond its vocabulary size: it is damaged, or added tokens have gaps."
             )
         tokens = tokens.astype(self.dtype, copy=False)
+        if block.unfinished:
+            return EncodedBlock(tokens, lengths, sequences, unfinished=True)
+        # The last piece of a document may have no token where the document has some.
+        if not block.continued:
+            lengths, sequences = self._without_empty(lengths, sequences, block, key)
+        if self.end_of_document is not None and len(lengths):
+            last = np.cumsum(sequences)[sequences > 0] - 1
+            tokens = _insert_after(tokens, np.cumsum(lengths)[last], self.end_of_document)
+            lengths = lengths.copy()
+            lengths[last] += 1
+        return EncodedBlock(tokens, lengths, sequences)
+
+    def _without_empty(
+        self, lengths: NDArray[np.int64], sequences: NDArray[np.int64], block: Block, key: str
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         if len(lengths) and not lengths.all():
             document = np.repeat(np.arange(len(sequences)), sequences)[lengths > 0]
             lengths = lengths[lengths > 0]
@@ -105,12 +125,7 @@ class BlockEncoder:
             )
         if len(empty) and self.empty_documents == "skip":
             sequences = sequences[sequences > 0]
-        if self.end_of_document is not None and len(lengths):
-            last = np.cumsum(sequences)[sequences > 0] - 1
-            tokens = _insert_after(tokens, np.cumsum(lengths)[last], self.end_of_document)
-            lengths = lengths.copy()
-            lengths[last] += 1
-        return EncodedBlock(tokens, lengths, sequences)
+        return lengths, sequences
 
 
 def _insert_after(tokens: TokenArray, ends: NDArray[np.int64], value: int) -> TokenArray:
@@ -122,6 +137,27 @@ def _insert_after(tokens: TokenArray, ends: NDArray[np.int64], value: int) -> To
     result[kept] = tokens
     result[inserted] = value
     return result
+
+
+def cuts_at_white_space(tokenizer: Any) -> bool:
+    """Whether a text gives the same ids in pieces that are cut before a space or a line feed behind other characters.
+
+    Known of byte-level BPE that cuts words as GPT-2 does, and of WordPiece as BERT has it, unless an added token
+    contains or takes in white space.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return False
+    parts = json.loads(backend.to_str())
+    bert = (
+        (parts["pre_tokenizer"] or {}).get("type") == "BertPreTokenizer"
+        and (parts["normalizer"] or {"type": "BertNormalizer"})["type"] == "BertNormalizer"
+        and parts["model"]["type"] == "WordPiece"
+    )
+    plain = not any(
+        token["lstrip"] or token["rstrip"] or any(map(str.isspace, token["content"])) for token in parts["added_tokens"]
+    )
+    return plain and (bert or RememberedWords.fits(backend))
 
 
 def bulk_encoder(tokenizer: Any, *, add_special_tokens: bool = False) -> Encode:

@@ -27,10 +27,11 @@ from lightning_megatron.data.preprocessing.encoding import (
     Engine,
     Gigatoken,
     bulk_encoder,
+    cuts_at_white_space,
 )
 from lightning_megatron.data.preprocessing.resumable import Position, ResumableWriter, load_progress, save_progress
 from lightning_megatron.data.preprocessing.sentences import Splitter, sentence_splitter
-from lightning_megatron.data.preprocessing.sources import Block, blocks, documents, input_bytes
+from lightning_megatron.data.preprocessing.sources import MAX_DOCUMENT_BYTES, Block, blocks, documents, input_bytes
 from lightning_megatron.data.tokenizer import Tokenizer, end_of_document_id, load_tokenizer, tokenizer_identity
 from lightning_megatron.errors import DataError
 
@@ -81,6 +82,10 @@ class PreprocessOptions:
 
     block_bytes: int = 4 << 20
     """Text that a worker tokenizes at a time."""
+
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
+    """Limit of one document. A text file that is one document may be longer, where the tokenizer's words end at white
+    space so that it can be read in pieces."""
 
 
 def preprocess(
@@ -134,7 +139,15 @@ def preprocess(
             if on_progress is not None:
                 on_progress(Progress(read, total, writers[0].num_documents, writers[0].num_tokens))
 
-        run = _Run(encoder, blocks(inputs, options.block_bytes, options.text_separator), workers, done)
+        cut = not options.split_sentences and not options.add_special_tokens and cuts_at_white_space(loaded)
+        source = blocks(
+            inputs,
+            options.block_bytes,
+            options.text_separator,
+            max_document_bytes=options.max_document_bytes,
+            cut_texts=cut,
+        )
+        run = _Run(encoder, source, workers, done)
         try:
             _write(run, writers, lambda blocks, positions: save_progress(state, job, blocks, positions), report)
         finally:
@@ -156,7 +169,10 @@ def _write(
     try:
         for block, encoded in run.results():
             for writer, part in zip(writers, encoded, strict=True):
-                writer.add_documents(part.tokens, part.lengths, part.sequences)
+                if part.unfinished:
+                    writer.add_part(part.tokens)
+                else:
+                    writer.add_documents(part.tokens, part.lengths, part.sequences)
             blocks, positions = blocks + 1, [writer.position for writer in writers]
             read += block.input_bytes
             if time.monotonic() - saved > _COMMIT_SECONDS:
@@ -203,7 +219,8 @@ def _block_encoder(tokenizer: Any, options: PreprocessOptions, inputs: Sequence[
 
 
 def _first_texts(inputs: Sequence[PathLike], options: PreprocessOptions) -> list[str]:
-    first = next(blocks(inputs, 1 << 16, options.text_separator), None)
+    limit = options.max_document_bytes
+    first = next(blocks(inputs, 1 << 16, options.text_separator, max_document_bytes=limit, cut_texts=True), None)
     if first is None:
         return []
     texts = documents(first, options.keys)[0][:20]
@@ -211,9 +228,10 @@ def _first_texts(inputs: Sequence[PathLike], options: PreprocessOptions) -> list
 
 
 def _describe(inputs: Sequence[PathLike], tokenizer: Any, options: PreprocessOptions) -> str:
-    """Names a job, so that only the same one is continued. How empty documents are treated may change on the way."""
+    """Names a job, so that only the same one is continued. Limits and engine may change on the way."""
     files = [(str(Path(path).resolve()), Path(path).stat().st_size, Path(path).stat().st_mtime_ns) for path in inputs]
-    fields = {name: value for name, value in vars(options).items() if name not in ("empty_documents", "engine")}
+    changeable = ("empty_documents", "engine", "max_document_bytes")
+    fields = {name: value for name, value in vars(options).items() if name not in changeable}
     text = json.dumps([files, tokenizer_identity(tokenizer), fields], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -57,6 +57,7 @@ class ResumableWriter(IndexedDatasetWriter):
             self._boundaries_crc32 = zlib.crc32(self._boundaries[-1].tobytes())
         self.num_tokens, self.num_sequences = position.tokens, position.sequences
         self.num_documents = position.documents
+        self._begun_tokens = position.tokens - sum(int(lengths.sum(dtype=np.int64)) for lengths in self._lengths)
         self._finished = False
         if self.position != position:
             self.release()

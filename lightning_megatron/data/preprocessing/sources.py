@@ -4,15 +4,16 @@ A block is a few megabytes of one file. Where the blocks begin depends on the fi
 produces the same output, and a restarted run finds the block at which to go on.
 """
 
-import gzip
 import json
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO, Literal
 
-from lightning_megatron.data.indexed import PathLike
+from lightning_megatron.data.index_format import PathLike
+from lightning_megatron.data.preprocessing.compressed import SUFFIXES as _COMPRESSED
+from lightning_megatron.data.preprocessing.compressed import decompress
+from lightning_megatron.data.preprocessing.texts import document_too_long, text_parts
 from lightning_megatron.errors import DataError
 
 Kind = Literal["jsonl", "text", "parquet", "dataset"]
@@ -26,7 +27,8 @@ _SUFFIXES: dict[str, Kind] = {
     ".txt": "text",
     ".parquet": "parquet",
 }
-_COMPRESSED = (".gz", ".zst")
+MAX_DOCUMENT_BYTES = 256 << 20
+_SCAN_BYTES = 1 << 20
 _ROWS_PER_BLOCK = 1000
 
 
@@ -41,26 +43,58 @@ class Block:
     stop: int
     data: bytes | None = None
     """The lines themselves, if they could not be read from the middle of the file."""
+    texts: tuple[bytes, ...] = ()
+    """Documents of a text file, or with `cut` pieces of one document."""
+    cut: bool = False
+    continued: bool = False
+    """The text continues the document of the block before it."""
+    unfinished: bool = False
+    """The document is continued in the next block."""
     input_bytes: int = 0
     """How much of the input files it is, for progress."""
+    limit: int = MAX_DOCUMENT_BYTES
+    """Bytes of the longest document."""
 
     def lines(self) -> tuple[int, bytes]:
-        """The whole lines that begin in ``[start, stop)``, and where the first of them begins."""
-        if self.data is not None:
-            return self.start, self.data
+        """The whole lines that begin in ``[start, stop)``, and where the first of them begins.
+
+        Raises:
+            DataError: A line is longer than the limit.
+        """
+        start, data = (self.start, self.data) if self.data is not None else self._read_lines()
+        if len(data) > self.limit:
+            offset = start
+            for line in data.split(b"\n"):
+                if len(line) > self.limit:
+                    raise self._too_long(offset)
+                offset += len(line) + 1
+        return start, data
+
+    def _read_lines(self) -> tuple[int, bytes]:
         with self.path.open("rb") as file:
-            if self.start:
-                file.seek(self.start - 1)
-                file.readline()
-            begin = file.tell()
+            begin = self._line_end(file, self.start - 1) if self.start else 0
             if begin >= self.stop:
                 return begin, b""
             # The last line that begins inside may end far outside.
-            file.seek(self.stop - 1)
-            file.readline()
-            end = file.tell()
+            end = self._line_end(file, self.stop - 1)
             file.seek(begin)
             return begin, file.read(end - begin)
+
+    def _line_end(self, file: BinaryIO, position: int) -> int:
+        """Where the line that holds the byte at `position` ends, behind its line feed."""
+        file.seek(position)
+        end = position
+        while piece := file.read(_SCAN_BYTES):
+            found = piece.find(b"\n")
+            if found >= 0:
+                return end + found + 1
+            end += len(piece)
+            if end - position > self.limit:
+                raise self._too_long(position)
+        return end
+
+    def _too_long(self, offset: int) -> DataError:
+        return document_too_long(f"{self.path}, the line that holds byte {offset},", self.limit)
 
 
 def input_bytes(paths: Sequence[PathLike]) -> int:
@@ -78,16 +112,25 @@ def input_bytes(paths: Sequence[PathLike]) -> int:
     return total
 
 
-def blocks(paths: Sequence[PathLike], block_bytes: int, separator: str | None = None) -> Iterator[Block]:
+def blocks(
+    paths: Sequence[PathLike],
+    block_bytes: int,
+    separator: str | None = None,
+    *,
+    max_document_bytes: int = MAX_DOCUMENT_BYTES,
+    cut_texts: bool = False,
+) -> Iterator[Block]:
     """The blocks of all inputs, in order.
 
     Args:
         paths: JSON lines or text, plain, `.gz` or `.zst`; Parquet; directories of `datasets.save_to_disk`.
         block_bytes: Size of a block of text before tokenization.
         separator: Between the documents of a text file; None takes each text file for one document.
+        max_document_bytes: Limit of a document, and of a line of JSON.
+        cut_texts: Whether a text file that is one document may become several blocks, cut before white space.
 
     Raises:
-        DataError: An input of unknown kind, or one that cannot be decompressed.
+        DataError: An input of unknown kind, one that cannot be decompressed, or a document above the limit.
     """
     for path in map(Path, paths):
         kind = _kind(path)
@@ -96,18 +139,18 @@ def blocks(paths: Sequence[PathLike], block_bytes: int, separator: str | None = 
         elif kind == "parquet":
             yield from _parquet_blocks(path)
         elif kind == "text":
-            yield from _text_blocks(path, block_bytes, separator)
+            yield from _text_blocks(path, block_bytes, separator, max_document_bytes, cut=cut_texts)
         elif path.suffix in _COMPRESSED:
-            yield from _compressed_blocks(path, block_bytes)
+            yield from _compressed_blocks(path, block_bytes, max_document_bytes)
         else:
             size = path.stat().st_size
             for start in range(0, size, block_bytes):
                 stop = min(start + block_bytes, size)
-                yield Block(path, kind, start, stop, input_bytes=stop - start)
+                yield Block(path, kind, start, stop, input_bytes=stop - start, limit=max_document_bytes)
 
 
 def documents(block: Block, keys: Sequence[str]) -> list[list[Text]]:
-    """The documents of a block: one list for each key, all of the same length.
+    """The documents of a block: one list for each key, all of the same length; of a cut document its pieces.
 
     Raises:
         DataError: A line that is no JSON object, or a document without one of the keys.
@@ -118,7 +161,7 @@ def documents(block: Block, keys: Sequence[str]) -> list[list[Text]]:
         rows = _load_dataset(block.path)[block.start : block.stop]
         return [_column(rows, key, block.path) for key in keys]
     if block.kind == "text":
-        return [[cast(bytes, block.data).decode(errors="replace")] for _ in keys]
+        return [[text.decode(errors="replace") for text in block.texts] for _ in keys]
     columns: list[list[Text]] = [[] for _ in keys]
     offset, raw = block.lines()
     for line in raw.split(b"\n"):
@@ -173,80 +216,40 @@ def _column(columns: dict[str, list[Any]], key: str, path: Path) -> list[Text]:
 # ------------------------------------------------------------------ formats that take more than reading lines
 
 
-def _decompress(path: Path, size: int) -> Iterator[tuple[bytes, int]]:
-    """Pieces of about `size` decompressed bytes, and how far the compressed file was read."""
-    with path.open("rb") as raw:
-        pieces = _gunzip(raw, size) if path.suffix == ".gz" else _unzstd(raw, size)
-        try:
-            for piece in pieces:
-                yield piece, raw.tell()
-        except (OSError, EOFError, zlib.error, ValueError) as error:
-            raise DataError(
-                f"{path} cannot be decompressed ({error}): it is damaged or truncated, copy it again."
-            ) from error
-
-
-def _gunzip(raw: BinaryIO, size: int) -> Iterator[bytes]:
-    with gzip.GzipFile(fileobj=raw) as stream:
-        while piece := stream.read(size):
-            yield piece
-
-
-def _unzstd(raw: BinaryIO, size: int) -> Iterator[bytes]:
-    try:
-        import zstandard
-    except ImportError as error:
-        raise DataError("Reading .zst files needs zstandard: pip install 'lightning-megatron[data]'.") from error
-    decompressor = zstandard.ZstdDecompressor()
-    # Not its stream reader, which takes a truncated file for a whole one.
-    frame = decompressor.decompressobj()
-    rest, begun = b"", False
-    pieces = bytearray()
-    while data := rest or raw.read(1 << 20):
-        try:
-            pieces += frame.decompress(data)
-        except zstandard.ZstdError as error:
-            raise ValueError(str(error)) from error
-        rest = frame.unused_data
-        if frame.eof:
-            frame = decompressor.decompressobj()
-            begun = bool(rest)
-        else:
-            begun = True
-        if len(pieces) >= size:
-            yield bytes(pieces)
-            pieces.clear()
-    if pieces:
-        yield bytes(pieces)
-    if begun:
-        raise EOFError("the last frame does not end")
-
-
-def _compressed_blocks(path: Path, block_bytes: int) -> Iterator[Block]:
-    rest, start, read = b"", 0, 0
-    block = Block(path, "jsonl", 0, 0)
-    for piece, position in _decompress(path, block_bytes):
+def _compressed_blocks(path: Path, block_bytes: int, limit: int) -> Iterator[Block]:
+    rest: list[bytes] = []
+    size = start = read = 0
+    block = Block(path, "jsonl", 0, 0, limit=limit)
+    for piece, position in decompress(path, block_bytes):
         lines, found, tail = piece.rpartition(b"\n")
         if not found:
-            rest += piece
+            rest.append(piece)
+            size += len(piece)
+            if size > limit:
+                raise document_too_long(f"{path}, the line that holds byte {start} of the decompressed text,", limit)
             continue
-        data = rest + lines + b"\n"
+        data = b"".join((*rest, lines, b"\n"))
         yield replace(block, start=start, stop=start + len(data), data=data, input_bytes=position - read)
-        rest, start, read = tail, start + len(data), position
-    if rest:
-        yield replace(block, start=start, stop=start + len(rest), data=rest, input_bytes=path.stat().st_size - read)
+        rest, size, start, read = [tail], len(tail), start + len(data), position
+    if data := b"".join(rest):
+        yield replace(block, start=start, stop=start + len(data), data=data, input_bytes=path.stat().st_size - read)
 
 
-def _text_blocks(path: Path, block_bytes: int, separator: str | None) -> Iterator[Block]:
-    """One block a document, so that a document is never cut."""
-    size = path.stat().st_size
-    if path.suffix in _COMPRESSED:
-        data = b"".join(piece for piece, _ in _decompress(path, block_bytes))
-    else:
-        data = path.read_bytes()
-    parts = data.split(separator.encode()) if separator is not None else [data]
-    for number, part in enumerate(part for part in parts if part.strip()):
-        yield Block(path, "text", number, number + 1, part, input_bytes=size * len(part) // max(1, len(data)))
+def _text_blocks(path: Path, block_bytes: int, separator: str | None, limit: int, *, cut: bool) -> Iterator[Block]:
+    read = number = 0
+    for part in text_parts(path, block_bytes, separator, limit, cut=cut):
+        yield Block(
+            path,
+            "text",
+            number,
+            number + len(part.texts),
+            texts=part.texts,
+            cut=part.cut,
+            continued=part.continued,
+            unfinished=part.unfinished,
+            input_bytes=part.position - read,
+        )
+        read, number = part.position, number + len(part.texts)
 
 
 def _parquet_file(path: Path) -> Any:
