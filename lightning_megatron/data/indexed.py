@@ -10,12 +10,10 @@ A document is one or more sequences (sentences, for BERT). The bytes equal those
 ``megatron.core.datasets.indexed_dataset.IndexedDatasetBuilder``.
 """
 
-import errno
 import os
-import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Literal, Self, get_args
@@ -23,6 +21,7 @@ from typing import Any, BinaryIO, Literal, Self, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_megatron.data.files import close_quietly, explaining_write_errors, flush, publish
 from lightning_megatron.data.index_format import (
     DTYPE_CODES,
     HEADER,
@@ -200,12 +199,13 @@ class IndexedDatasetWriter:
             raise DataError(
                 f"dtype {self.dtype} has no code in the .idx format: use one of {', '.join(map(str, DTYPE_CODES))}."
             )
-        self.prefix.parent.mkdir(parents=True, exist_ok=True)
         suffix = partial_suffix or f"{os.getpid()}.partial"
         self._partial_bin = Path(f"{bin_path(prefix)}.{suffix}")
         self._partial_idx = Path(f"{idx_path(prefix)}.{suffix}")
         self._partial_manifest = Path(f"{manifest_path(prefix)}.{suffix}")
-        self._file: BinaryIO = self._partial_bin.open("r+b" if continued else "wb")
+        with self._explaining_errors():
+            self.prefix.parent.mkdir(parents=True, exist_ok=True)
+            self._file: BinaryIO = self._partial_bin.open("r+b" if continued else "wb")
         self._checksums = BlockChecksums()
         if continued:
             self._file.truncate(continued * self.dtype.itemsize)
@@ -293,28 +293,31 @@ class IndexedDatasetWriter:
         self.num_documents += len(boundaries)
 
     def _write(self, data: bytes) -> None:
-        with self._explaining_disk_full():
+        with self._explaining_errors():
             self._file.write(data)
         self._checksums.update(data)
 
-    def _explaining_disk_full(self) -> AbstractContextManager[None]:
-        return _explaining_disk_full(self.prefix)
+    def _explaining_errors(self) -> AbstractContextManager[None]:
+        return explaining_write_errors(self.prefix)
 
     def close(self) -> None:
         """Write index and checksums and give the files their names; the `.idx` comes last, so it never lacks them."""
-        with self._explaining_disk_full():
-            _flush(self._file)
+        with self._explaining_errors():
+            flush(self._file)
             self._file.close()
             idx_bytes, idx_crc32 = self._write_index()
             manifest = Manifest(idx_bytes, idx_crc32, self._checksums.num_bytes, self._checksums.blocks)
             with self._partial_manifest.open("wb") as file:
                 file.write(manifest.text().encode())
-                _flush(file)
-        idx_path(self.prefix).unlink(missing_ok=True)
-        record_path(self.prefix).unlink(missing_ok=True)
-        self._partial_bin.replace(bin_path(self.prefix))
-        self._partial_manifest.replace(manifest_path(self.prefix))
-        self._partial_idx.replace(idx_path(self.prefix))
+                flush(file)
+            publish(
+                (
+                    (self._partial_bin, bin_path(self.prefix)),
+                    (self._partial_manifest, manifest_path(self.prefix)),
+                    (self._partial_idx, idx_path(self.prefix)),
+                ),
+                outdated=(record_path(self.prefix),),
+            )
 
     def _write_index(self) -> tuple[int, int]:
         """Write the index under its temporary name; returns its size and checksum."""
@@ -328,15 +331,15 @@ class IndexedDatasetWriter:
         with self._partial_idx.open("wb") as file:
             for part in (header, lengths.tobytes(), starts.tobytes(), boundaries.tobytes()):
                 size, crc32 = size + file.write(part), zlib.crc32(part, crc32)
-            _flush(file)
+            flush(file)
         return size, crc32
 
     def discard(self) -> None:
         """Remove what was written."""
-        self._file.close()
-        self._partial_bin.unlink(missing_ok=True)
-        self._partial_idx.unlink(missing_ok=True)
-        self._partial_manifest.unlink(missing_ok=True)
+        close_quietly(self._file)
+        for path in (self._partial_bin, self._partial_idx, self._partial_manifest):
+            with suppress(OSError):  # such as of a directory that can no longer be written
+                path.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         return self
@@ -373,22 +376,3 @@ def _pieces(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         while piece := file.read(_COPY_BYTES):
             yield piece
-
-
-def _flush(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-@contextmanager
-def _explaining_disk_full(prefix: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        free = shutil.disk_usage(prefix.parent).free
-        raise DataError(
-            f"The disk of {prefix.parent} is full ({free >> 20} MiB free) while writing {prefix.name}. Nothing "
-            "incomplete is taken for whole: free some space or choose another output, then start again."
-        ) from error

@@ -1,5 +1,6 @@
 """Text files to indexed datasets: many workers, one ordered output, restart after a kill."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -15,10 +16,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TextIO
 
 import numpy as np
 
+from lightning_megatron.data.files import explaining_write_errors
+from lightning_megatron.data.index_format import regular_file
 from lightning_megatron.data.indexed import PathLike, token_dtype
 from lightning_megatron.data.preprocessing.encoding import (
     BlockEncoder,
@@ -124,7 +127,6 @@ def preprocess(
     level = "sentence" if options.split_sentences else "document"
     prefixes = [Path(f"{os.fspath(output)}_{key}_{level}") for key in options.keys]
     state = Path(f"{os.fspath(output)}.progress.json")
-    state.parent.mkdir(parents=True, exist_ok=True)
     with _alone(Path(f"{os.fspath(output)}.lock"), output):
         job = _describe(inputs, loaded, options)
         done, positions = load_progress(state, job, len(prefixes))
@@ -153,7 +155,8 @@ def preprocess(
         finally:
             for writer in writers:
                 writer.release()
-        state.unlink(missing_ok=True)
+        with explaining_write_errors(state):
+            state.unlink(missing_ok=True)
     return prefixes
 
 
@@ -238,19 +241,27 @@ def _describe(inputs: Sequence[PathLike], tokenizer: Any, options: PreprocessOpt
 
 @contextmanager
 def _alone(path: Path, output: PathLike) -> Iterator[None]:
-    with path.open("a") as file:
-        try:
-            # A record lock: unlike that of flock, workers do not inherit it, and it ends with this process.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The file that was locked may be one that its owner has just removed.
-            if os.fstat(file.fileno()).st_ino != path.stat().st_ino:
-                raise FileNotFoundError(path)
-        except OSError as error:
-            raise DataError(
-                f"Another process is writing {os.fspath(output)}: wait for it, or choose another output."
-            ) from error
+    with explaining_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        regular_file(path)  # opening a pipe would block
+        file = path.open("a")
+    with file:
+        if not _lock(file, path):
+            raise DataError(f"Another process is writing {os.fspath(output)}: wait for it, or choose another output.")
         yield
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _lock(file: TextIO, path: Path) -> bool:
+    """Whether no other process holds the lock; file systems without locks let everybody in."""
+    try:
+        # A record lock: unlike that of flock, workers do not inherit it, and it ends with this process.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The file that was locked may be one that its owner has just removed.
+        return os.fstat(file.fileno()).st_ino == path.stat().st_ino
+    except OSError as error:
+        return error.errno not in (errno.ENOENT, errno.EAGAIN, errno.EACCES)
 
 
 class _Worker:

@@ -4,6 +4,7 @@ import json
 import os
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,6 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_megatron.data.files import close_quietly, explaining_write_errors, flush
 from lightning_megatron.data.index_format import regular_file
 from lightning_megatron.data.indexed import IndexedDatasetWriter, PathLike
 from lightning_megatron.errors import DataError
@@ -44,10 +46,11 @@ class ResumableWriter(IndexedDatasetWriter):
 
     def __init__(self, prefix: PathLike, dtype: type[np.number[Any]], position: Position) -> None:
         super().__init__(prefix, dtype, partial_suffix="partial", continued=position.tokens)
-        self._sidecars = {
-            "lengths": _open_at(_partial(prefix, "lengths"), position.sequences * _LENGTH.itemsize),
-            "boundaries": _open_at(_partial(prefix, "boundaries"), position.documents * _BOUNDARY.itemsize),
-        }
+        with self._explaining_errors():
+            self._sidecars = {
+                "lengths": _open_at(_partial(prefix, "lengths"), position.sequences * _LENGTH.itemsize),
+                "boundaries": _open_at(_partial(prefix, "boundaries"), position.documents * _BOUNDARY.itemsize),
+            }
         self._lengths_crc32 = self._boundaries_crc32 = 0
         if position.sequences:
             self._lengths.append(_read(self._sidecars["lengths"], _LENGTH))
@@ -82,7 +85,7 @@ class ResumableWriter(IndexedDatasetWriter):
 
     def _append_index(self, lengths: NDArray[Any], boundaries: NDArray[Any]) -> None:
         super()._append_index(lengths, boundaries)
-        with self._explaining_disk_full():
+        with self._explaining_errors():
             self._sidecars["lengths"].write(data := self._lengths[-1].tobytes())
             self._lengths_crc32 = zlib.crc32(data, self._lengths_crc32)
             self._sidecars["boundaries"].write(data := self._boundaries[-1].tobytes())
@@ -102,30 +105,30 @@ class ResumableWriter(IndexedDatasetWriter):
 
     def flush(self) -> None:
         """Make sure that all that was added is on the disk."""
-        with self._explaining_disk_full():
+        with self._explaining_errors():
             for file in (self._file, *self._sidecars.values()):
-                file.flush()
-                os.fsync(file.fileno())
+                flush(file)
 
     def close(self) -> None:
         super().close()
-        for file in self._sidecars.values():
-            file.close()
-            Path(file.name).unlink()
-        self._finished = True
+        self._remove_sidecars()
 
     def discard(self) -> None:
         super().discard()
+        self._remove_sidecars()
+
+    def _remove_sidecars(self) -> None:
         for file in self._sidecars.values():
-            file.close()
-            Path(file.name).unlink(missing_ok=True)
+            close_quietly(file)
+            with suppress(OSError):
+                Path(file.name).unlink(missing_ok=True)
         self._finished = True
 
     def release(self) -> None:
         """Close the files and leave them for another run, unless the dataset is complete."""
         if not self._finished:
             for file in (self._file, *self._sidecars.values()):
-                file.close()
+                close_quietly(file)
 
 
 def _partial(prefix: PathLike, name: str) -> Path:
@@ -187,8 +190,8 @@ def save_progress(path: Path, job: str, blocks: int, positions: Sequence[Positio
     """Record that `blocks` blocks are in the partial files up to `positions`."""
     partial = path.with_suffix(".partial")
     state = {"job": job, "blocks": blocks, "positions": [asdict(position) for position in positions]}
-    with partial.open("w") as file:
-        json.dump({**state, "crc32": _crc32(job, blocks, positions)}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with explaining_write_errors(path):
+        with partial.open("wb") as file:
+            file.write(json.dumps({**state, "crc32": _crc32(job, blocks, positions)}).encode())
+            flush(file)
+        partial.replace(path)
