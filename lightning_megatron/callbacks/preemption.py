@@ -14,6 +14,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from lightning_megatron.strategy import MegatronStrategy
+
 REQUEUE = 75
 """``EX_TEMPFAIL``: a scheduler that requeues on failure tries again."""
 
@@ -65,7 +67,8 @@ class Preemption(pl.Callback):
             return
         path = self._path(trainer)
         rank_zero_info(f"{self._received.name if self._received else 'A signal'}: saving {path} and leaving.")
-        trainer.strategy.finish_saving()  # with when_busy="skip" it would be skipped while another is written
+        if isinstance(trainer.strategy, MegatronStrategy):
+            trainer.strategy.finish_saving()  # with when_busy="skip" it would be skipped while another is written
         trainer.save_checkpoint(path)
         trainer.strategy.teardown()  # waits for what is written in the background
         if self._requeue and trainer.is_global_zero and "SLURM_JOB_ID" in os.environ:

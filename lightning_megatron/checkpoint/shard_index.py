@@ -93,7 +93,7 @@ def _check_operations(data: bytes) -> None:
     for operation, argument, _ in pickletools.genops(data):
         if operation.name not in _OPERATIONS:
             raise IndexFormatError(f"there is {operation.name} in its pickle, which no index has")
-        if operation.name in _PUTS and int(argument) > len(data):
+        if operation.name in _PUTS and int(argument or 0) > len(data):
             raise IndexFormatError(f"there is a memo entry {argument} in a pickle of {len(data)} bytes")
 
 

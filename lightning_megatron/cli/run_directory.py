@@ -91,4 +91,4 @@ def _take(descriptor: int, directory: Path) -> None:
 def _rank() -> int:
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-    return rank_zero_only.rank  # type: ignore[attr-defined,no-any-return]
+    return rank_zero_only.rank  # type: ignore[attr-defined]
