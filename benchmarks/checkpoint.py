@@ -107,9 +107,9 @@ def main() -> None:
         ratios = [of[one] / of[other] for of in (best, median, processor)]
         print(f"{kind:>5} {rates} {ratios[0]:>14.2f} {ratios[1]:>11.2f} {ratios[2]:>13.2f}")
 
-    ratio, work = (of["load_ours"] / of["load_unchecked"] for of in (best, processor))
+    ratio, cost = (of["load_ours"] / of["load_unchecked"] for of in (best, processor))
     print(
-        f"A load that compares every file takes {ratio:.2f} times as long as one that compares none, and {work:.2f} "
+        f"A load that compares every file takes {ratio:.2f} times as long as one that compares none, and {cost:.2f} "
         "times the processor time."
     )
 
