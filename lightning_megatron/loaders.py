@@ -165,6 +165,8 @@ class Loaders:
                 f"{len(loaders)}. Resume with the loaders of the first run."
             )
         for loader, state in zip(loaders, states, strict=False):
+            if reload_every and state["epoch"] - loader.first_epoch >= reload_every:
+                self._positions = list(states)  # Lightning replaces these loaders before it reads a batch
             loader.load_state_dict(state)
 
 

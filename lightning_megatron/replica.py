@@ -124,6 +124,11 @@ class ReplicaDataLoader:
         return getattr(self.loader, name)
 
     @property
+    def first_epoch(self) -> int:
+        """The epoch for which this loader was made."""
+        return self._first_epoch
+
+    @property
     def trains(self) -> bool:
         """Whether this loader counts its epochs and its position for training."""
         return self._evaluated_epoch is None

@@ -237,6 +237,7 @@ def check(cases: list[Case], results: list[Any]) -> list[str]:
 BATCH_END, EPOCH_END = "on_train_batch_end", "on_train_epoch_end"
 LIMIT = {"max_epochs": 4, "limit_train_batches": 3}
 RELOAD = {"max_epochs": 4, "reload_dataloaders_every_n_epochs": 1}
+RELOAD_2 = {"max_epochs": 4, "reload_dataloaders_every_n_epochs": 2}
 VALIDATE = {"max_epochs": 3, "val_check_interval": 4, "num_sanity_val_steps": 1}
 OVERFIT = {"max_epochs": 4, "overfit_batches": 2}
 MAIN = ("shuffled", "stream", "module")
@@ -255,6 +256,9 @@ def _sweep() -> list[Case]:
         cases += [Case(loader, trainer=OVERFIT, after=4, hook=hook) for hook in (BATCH_END, EPOCH_END)]
     for loader in (*MAIN, "persistent workers", "generator"):
         cases += [Case(loader, after=12, trainer=RELOAD), Case(loader, after=16, hook=EPOCH_END, trainer=RELOAD)]
+    for loader in (*MAIN, "persistent workers", "generator"):
+        cases += [Case(loader, after=n, hook=h, trainer=RELOAD_2) for n, h in ((16, EPOCH_END), (19, BATCH_END))]
+        cases += [Case(loader, after=24, hook=EPOCH_END, trainer=RELOAD_2)]
     for loader in (*MAIN, "persistent workers", "own sampler"):
         cases += [Case(loader, after=12, trainer={"max_steps": 20})]
     return cases
@@ -282,6 +286,7 @@ QUICK = [
     Case("global sampler", trainer={"max_epochs": 2}),
     Case("two", trainer={"max_epochs": 2}),
     Case("shuffled", after=6, hook="inside", trainer={"max_steps": 9}),
+    Case("generator", after=24, hook=EPOCH_END, trainer=RELOAD_2),
 ]
 
 
