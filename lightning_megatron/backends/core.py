@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import psutil
 import torch
 
-from lightning_megatron.backends import cpu, extensions, kernels
+from lightning_megatron.backends import compiler_cache, cpu, extensions, kernels
 
 
 @contextmanager
@@ -60,7 +60,7 @@ class _WithoutNotices(logging.Filter):
 if not torch.cuda.is_available():
     cpu.install()
 
-with _quiet_import():
+with compiler_cache.left_to_compilation(), _quiet_import():
     extensions.keep_out_broken()
     from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
