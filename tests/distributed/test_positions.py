@@ -257,8 +257,9 @@ def _sweep() -> list[Case]:
     for loader in (*MAIN, "persistent workers", "generator"):
         cases += [Case(loader, after=12, trainer=RELOAD), Case(loader, after=16, hook=EPOCH_END, trainer=RELOAD)]
     for loader in (*MAIN, "persistent workers", "generator"):
-        cases += [Case(loader, after=n, hook=h, trainer=RELOAD_2) for n, h in ((16, EPOCH_END), (19, BATCH_END))]
-        cases += [Case(loader, after=24, hook=EPOCH_END, trainer=RELOAD_2)]
+        epoch = 4 if loader == "module" else 8
+        ends = ((2 * epoch, EPOCH_END), (2 * epoch + 3, BATCH_END), (3 * epoch, EPOCH_END))
+        cases += [Case(loader, after=n, hook=h, trainer=RELOAD_2) for n, h in ends]
     for loader in (*MAIN, "persistent workers", "own sampler"):
         cases += [Case(loader, after=12, trainer={"max_steps": 20})]
     return cases
