@@ -6,6 +6,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
 def _config(args: argparse.Namespace, tokenizer: Any) -> GenerationConfig:
     from lightning_megatron.generation import GenerationConfig
 
-    return GenerationConfig(
+    config = GenerationConfig(
         max_new_tokens=args.max_new_tokens,
         do_sample=args.sample,
         temperature=args.temperature,
@@ -104,8 +105,9 @@ def _config(args: argparse.Namespace, tokenizer: Any) -> GenerationConfig:
         num_beams=args.num_beams,
         num_return_sequences=args.num_return_sequences,
         seed=args.seed,
-        stop_tokens=end_tokens_of(args.checkpoint, tokenizer),
     )
+    # After the mistakes of the command line: this reads the checkpoint.
+    return replace(config, stop_tokens=end_tokens_of(args.checkpoint, tokenizer))
 
 
 def end_tokens_of(checkpoint: Path, tokenizer: Any) -> tuple[int, ...]:
