@@ -322,7 +322,7 @@ class Gradients:
 
     @contextmanager
     def gathered_weights(self) -> Iterator[None]:
-        """For whoever reads or replaces weights: what a forward would have gathered lazily is gathered before."""
+        """Finish pending parameter all-gathers before weights are read or replaced."""
         lazily = self.chunks if self._config.overlap_param_gather else ()
         for chunk in lazily:
             chunk.disable_forward_pre_hook(param_sync=True)

@@ -1,4 +1,4 @@
-"""What of a run is spread over ranks, as shards to save and as shards to fill."""
+"""Sharded training state of a run: model, optimizer and random states, as shards to save and as shards to fill."""
 
 from __future__ import annotations
 
